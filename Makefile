@@ -1,0 +1,47 @@
+# Two commands on a fresh machine: make demo, make test. Everything is installed into .venv of this folder.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lab export readme clean-notebooks benchmarks help
+help:
+	@echo "make demo        install, run the main job on phantoms (and on real films where G2D_DATA is set), say where the page is"
+	@echo "make test        install the development extra and run all tests"
+	@echo "make lab         open the notebooks in JupyterLab"
+	@echo "make export      notebooks -> g2d/, then clean the notebooks"
+	@echo "make readme      nbs/index.ipynb -> README.md"
+	@echo "make benchmarks  run every benchmark by hand (minutes)"
+
+# torch and torchvision are asked for together and unpinned: only then they match on every machine
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "g2d needs Python 3.10 or newer; set PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch torchvision
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	$(BIN)/g2d demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lab: $(VENV)/.dev
+	$(BIN)/jupyter lab nbs
+
+export: $(VENV)/.dev
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+
+readme: $(VENV)/.dev
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](images/#](nbs/images/#' > README.md
+
+benchmarks: $(VENV)/.dev
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done

@@ -1,0 +1,121 @@
+"Checkpoints: exact round trip, stock timm and smp, and damaged or foreign files."
+import json, random
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from g2d.checkpoint import Checkpoint, random_state, set_random_state
+from g2d.models.g2d import G2D
+from g2d.profiles import profile
+from g2d.settings import G2DError
+
+SMALL = dict(text_encoder='tiny', frozen_layers=0, text_pool='cls', image_size=64, crop_size=64)
+
+
+@pytest.fixture(scope='module')
+def trained():
+    "A model after two optimiser steps, so that no tensor is at its start."
+    torch.manual_seed(0)
+    net = G2D(profile('demo', **SMALL))
+    optimizer = torch.optim.AdamW([x for x in net.parameters() if x.requires_grad], lr=1e-3)
+    for _ in range(2):
+        out = net(torch.rand(4, 1, 64, 64), ['a b', 'c', 'd e f', 'g'])
+        (out.image_emb.mean() + out.mask_logits.square().mean() + (out.text_emb*out.image_emb).sum()).backward()
+        optimizer.step(); optimizer.zero_grad()
+    return net, optimizer
+
+
+def test_round_trip_is_exact(trained, tmp_path):
+    net, optimizer = trained
+    Checkpoint.of(net, optimizer, step=2).save(tmp_path/'c.safetensors')
+    c = Checkpoint.load(tmp_path/'c.safetensors')
+    state = net.state_dict()
+    assert c.weights.keys() == state.keys() and all(torch.equal(c.weights[k], state[k]) and c.weights[k].dtype == state[k].dtype for k in state)
+    assert c.profile == net.profile and c.about['step'] == 2
+    other = torch.optim.AdamW([x for x in G2D(net.profile).parameters() if x.requires_grad], lr=5.)
+    from g2d.checkpoint import unpack_optimizer
+    unpack_optimizer(other, c.training['optimizer'], c.training['groups'])
+    a, b = optimizer.state_dict(), other.state_dict()
+    assert a['param_groups'] == b['param_groups'] or [g | dict(betas=tuple(g['betas'])) for g in a['param_groups']] == [g | dict(betas=tuple(g['betas'])) for g in b['param_groups']]
+    assert all(torch.equal(torch.as_tensor(a['state'][i][k]), torch.as_tensor(b['state'][i][k])) for i in a['state'] for k in a['state'][i])
+
+
+def test_random_numbers_continue():
+    random.gauss(0, 1); np.random.randn()             # leaves a second value in both caches
+    state = {k: v.clone() for k, v in random_state().items()}
+    draw = lambda: (random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(3).tolist())
+    first = draw()
+    draw()
+    set_random_state(state)
+    assert draw() == first
+
+
+@pytest.mark.parametrize('name, stride, chans', [('resnet18', 16, 1), ('resnet18', 32, 3), ('resnet50', 32, 1)])
+def test_exports_load_in_stock_timm_and_smp(tmp_path, name, stride, chans):
+    import timm, segmentation_models_pytorch as smp
+    torch.manual_seed(1)
+    net = G2D(profile('demo', **SMALL | dict(image_encoder=name, output_stride=stride, in_chans=chans)))
+    net.train(); net(torch.rand(4, 1, 64, 64), ['a', 'b', 'c', 'd'])                  # moves the BatchNorm statistics
+    net.eval()
+    c = Checkpoint.of(net)
+    images = torch.rand(2, chans, 64, 64)
+    stock = timm.create_model(name, num_classes=0, in_chans=chans, output_stride=stride).eval()
+    stock.load_state_dict(load_file(c.export_timm(tmp_path/'timm.safetensors')))       # strict
+    with torch.no_grad():
+        torch.testing.assert_close(stock.forward_features(net.image_encoder.prepare(images)), net.image_encoder(images)[-1], atol=1e-5, rtol=1e-5)
+    path = c.export_unet(tmp_path/'unet.safetensors')
+    from safetensors import safe_open
+    with safe_open(path, 'pt') as file: how = file.metadata()['load_with']
+    unet = eval(how, dict(segmentation_models_pytorch=smp)).eval()                     # the sentence in the header is true
+    unet.load_state_dict(load_file(path))
+    with torch.no_grad():
+        torch.testing.assert_close(unet(net.image_encoder.prepare(images)), net(images, ['a', 'b']).mask_logits, atol=1e-5, rtol=1e-5)
+
+
+def test_another_architecture_is_refused(trained, tmp_path):
+    net, _ = trained
+    c = Checkpoint.of(net).save(tmp_path/'c.safetensors')
+    for change in (dict(image_encoder='resnet34'), dict(embed_dim=64), dict(in_chans=3), dict(decoder_channels=(64, 32, 16, 8, 8))):
+        other = G2D(profile('demo', **SMALL | change))
+        before = {k: v.clone() for k, v in other.state_dict().items()}
+        with pytest.raises(G2DError, match='does not fit this model'): c.load_into(other)
+        assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items()), 'a refused checkpoint changed the model'
+
+
+@pytest.mark.parametrize('keep', [0, 5, 8, 200, 100_000, -1])
+def test_half_written_file(trained, tmp_path, keep):
+    path = tmp_path/'c.safetensors'
+    Checkpoint.of(trained[0]).save(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(G2DError, match='damaged or half-written') as caught: Checkpoint.load(path)
+    assert '\n' not in str(caught.value)
+
+
+def test_foreign_and_absent_files(tmp_path):
+    save_file(dict(a=torch.zeros(2)), tmp_path/'other.safetensors')
+    with pytest.raises(G2DError, match='no g2d checkpoint'): Checkpoint.load(tmp_path/'other.safetensors')
+    with pytest.raises(G2DError, match='There is no checkpoint'): Checkpoint.load(tmp_path/'none.safetensors')
+    torch.save(dict(a=1), tmp_path/'pickle.pt')
+    with pytest.raises(G2DError, match='damaged or half-written'): Checkpoint.load(tmp_path/'pickle.pt')
+
+
+def test_full_disk_keeps_the_old_checkpoint(trained, tmp_path):
+    "A real limit on the file size in a process of its own: the save fails in one sentence, the old file stays, no litter."
+    import subprocess, sys
+    path = tmp_path/'c.safetensors'
+    Checkpoint.of(trained[0], step=1).save(path)
+    old = path.read_bytes()
+    script = f'''
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from g2d.checkpoint import Checkpoint
+from g2d.settings import G2DError
+c = Checkpoint.load({str(path)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+try: c.save({str(path)!r})
+except G2DError as error: print(error); sys.exit(3)
+'''
+    answer = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert answer.returncode == 3, answer.stderr[-2000:]
+    assert 'disk is full' in answer.stdout and answer.stdout.count('\n') == 1
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ['c.safetensors']

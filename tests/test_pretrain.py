@@ -1,0 +1,184 @@
+"Pre-training: kill -9 and resume to the same weights, two processes, and everything that must be refused."
+import json, os, signal, subprocess, sys, time
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from g2d.checkpoint import Checkpoint
+from g2d.data.phantom import make_phantom_store
+from g2d.pretrain import learning_rate, pretrain
+from g2d.profiles import profile
+from g2d.settings import G2DError
+
+TINY = dict(image_size=64, crop_size=64, text_encoder='tiny', frozen_layers=0, text_pool='cls', batch_size=8, epochs=3, global_only_steps=4, decoder_channels=(32, 16, 16, 8, 8))
+
+# A run in a process of its own: saves after every step, and sleeps a little so that it can be killed between any two
+SCRIPT = '''
+import json, sys, time, torch
+torch.set_num_threads(1)
+from g2d.pretrain import Pretrainer, pretrain
+from g2d.profiles import profile
+store, out, overrides, pause = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), float(sys.argv[4])
+plain = Pretrainer._after_step
+def slow(self, *a): plain(self, *a); time.sleep(pause)
+Pretrainer._after_step = slow
+pretrain(store, profile("demo", **overrides), out, device="cpu", progress=False, checkpoint_seconds=0, val_images=8)
+'''
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+    return make_phantom_store(tmp_path_factory.mktemp('pretrain')/'store', 60, size=64, seed=2, split=dict(train=.8, val=.2))
+
+
+def start(store, out, pause=0., **overrides):
+    environment = os.environ | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
+    return subprocess.Popen([sys.executable, '-c', SCRIPT, str(store.path), str(out), json.dumps(TINY | overrides), str(pause)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+
+
+def steps_in(out):
+    "Rows of the log, without the header."
+    try: return max(len((out/'log.csv').read_text().splitlines()) - 1, 0)
+    except FileNotFoundError: return 0
+
+
+def finish(process):
+    text = process.communicate(timeout=400)[0].decode()
+    assert process.returncode == 0, text
+
+
+def test_killed_three_times_gives_the_same_weights_bit_for_bit(store, tmp_path):
+    finish(start(store, tmp_path/'whole'))
+    rng, killed, total = np.random.default_rng(int(time.time())), [], 18
+    for moment in sorted(rng.choice(np.arange(1, total), 3, replace=False)):     # three random steps, in order
+        process = start(store, tmp_path/'killed', pause=.05)
+        while process.poll() is None and steps_in(tmp_path/'killed') < moment: time.sleep(.01)
+        time.sleep(rng.random()*.1)                                               # anywhere inside the step, the save included
+        assert process.poll() is None, process.communicate()[0].decode()
+        process.send_signal(signal.SIGKILL); process.wait()
+        killed.append(steps_in(tmp_path/'killed'))
+    finish(start(store, tmp_path/'killed'))
+    whole, again = (load_file(tmp_path/name/'checkpoint.safetensors') for name in ('whole', 'killed'))
+    assert whole.keys() == again.keys()
+    different = [k for k in whole if not torch.equal(whole[k], again[k])]
+    assert not different, f'killed at steps {killed}: {len(different)} tensors differ, first {different[:3]}'
+    assert any(k.startswith('optimizer/') for k in whole) and any(k.startswith('random/') for k in whole)
+    # the logs read as if nothing had happened (times aside)
+    for name in ('log.csv', 'validation.csv'):
+        a, b = ([[v for k, v in row.items() if 'images_per_s' not in k] for row in read(tmp_path/n/name)] for n in ('whole', 'killed'))
+        assert a == b, name
+
+
+def read(path):
+    import csv
+    with open(path, newline='') as file: return list(csv.DictReader(file))
+
+
+def test_resume_continues_in_the_middle_of_an_epoch(store, tmp_path):
+    p = profile('demo', **TINY)
+    whole = pretrain(store, p, tmp_path/'whole', device='cpu', progress=False)
+    from g2d.pretrain import Pretrainer
+    half = Pretrainer(store, p, tmp_path/'half', device='cpu', progress=False, checkpoint_seconds=0)
+    (tmp_path/'half').mkdir()
+    plain = half._after_step
+    def stop(row, *rest):
+        plain(row, *rest)
+        if row['step'] == 9: raise KeyboardInterrupt
+    half._after_step = stop
+    with pytest.raises(KeyboardInterrupt): half.run()
+    assert Checkpoint.load(tmp_path/'half').about['position']['step'] == 3            # 6 steps an epoch
+    torch.manual_seed(99); np.random.seed(99)                                          # another state of the world
+    again = pretrain(store, p, tmp_path/'half', device='cpu', progress=False)
+    assert all(torch.equal(whole.weights[k], again.weights[k]) for k in whole.weights)
+
+
+def test_losses_fall_and_files_are_there(store, tmp_path):
+    c = pretrain(store, profile('demo', **TINY | dict(epochs=6)), tmp_path, device='cpu', progress=False)
+    log = read(tmp_path/'log.csv')
+    assert [int(r['step']) for r in log] == list(range(1, 37)) and log[0]['dense'] == '' and float(log[10]['dense']) > 0
+    first, last = (np.mean([float(r['global']) for r in part]) for part in (log[:6], log[-6:]))
+    assert last < first, (first, last)
+    names = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob('*') if p.is_file()}
+    assert {'checkpoint.safetensors', 'log.csv', 'validation.csv', 'losses.png', 'profile.json', 'masks/epoch_000.png', 'masks/epoch_006.png'} <= names
+    row = read(tmp_path/'validation.csv')[-1]
+    assert {'val_global', 'val_dense', 'image_to_text_R@1', 'text_to_image_R@10', 'mask_agreement', 'pointing_attention', 'iou_pseudo'} <= set(row)
+    assert c.about['start_weights']['image'].startswith('random')
+
+
+@pytest.mark.parametrize('name', ['as_paper', 'as_released', 'recommended'])
+def test_every_profile_trains(store, tmp_path, name):
+    small = dict(image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers=0, image_size=64, crop_size=64, batch_size=8, epochs=1, precision='fp32',
+                 decoder_channels=(32, 16, 16, 8, 8), global_only_steps=2, max_text_tokens=32, kernel_size=5)
+    c = pretrain(store, profile(name, **small), tmp_path, device='cpu', progress=False, max_steps=4, val_images=8)
+    assert c.about['step'] == 4 and all(torch.isfinite(v).all() for v in c.weights.values() if v.is_floating_point())
+
+
+def test_bf16_and_accumulation(store, tmp_path):
+    c = pretrain(store, profile('demo', **TINY | dict(precision='bf16', accumulate=2, epochs=1)), tmp_path, device='cpu', progress=False)
+    assert c.about['step'] == 3
+
+
+def test_what_does_not_fit_is_refused(store, tmp_path):
+    p = profile('demo', **TINY | dict(epochs=1))
+    pretrain(store, p, tmp_path/'run', device='cpu', progress=False, max_steps=1)
+    with pytest.raises(G2DError, match='another lr'): pretrain(store, p.replace(lr=.5), tmp_path/'run', device='cpu', progress=False)
+    other = make_phantom_store(tmp_path/'other', 60, size=64, seed=3, split=dict(train=.8, val=.2))
+    with pytest.raises(G2DError, match='another store'): pretrain(other, p, tmp_path/'run', device='cpu', progress=False)
+    path = tmp_path/'run'/'checkpoint.safetensors'
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(G2DError, match='damaged or half-written'): pretrain(store, p, tmp_path/'run', device='cpu', progress=False)
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(store, tmp_path):
+    from g2d.pretrain import Pretrainer
+    run = Pretrainer(store, profile('demo', **TINY), tmp_path, device='cpu', progress=False)
+    plain, calls = run.step, []
+    def poisoned(batch):
+        calls.append(1)
+        return {k: v*float('nan') if len(calls) == 3 else v for k, v in plain(batch).items()}
+    run.step = poisoned
+    with pytest.raises(G2DError, match='The loss became nan at step 3'): run.run()
+    assert all(torch.isfinite(v).all() for v in Checkpoint.load(tmp_path).weights.values() if v.is_floating_point())
+
+
+def test_learning_rate_equals_torch_schedulers():
+    p = profile('as_released')
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=p.lr)
+    torch_schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=200, eta_min=p.min_lr)
+    for step in range(450):
+        assert learning_rate(step, 1000, p) == pytest.approx(optimizer.param_groups[0]['lr'], rel=1e-9)
+        optimizer.step(); torch_schedule.step()
+    p = profile('as_paper', warmup=0.)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=p.lr)
+    torch_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=300)
+    for step in range(300):
+        assert learning_rate(step, 300, p) == pytest.approx(optimizer.param_groups[0]['lr'], rel=1e-6, abs=1e-12)
+        optimizer.step(); torch_schedule.step()
+    with pytest.raises(G2DError, match='Unknown schedule'): learning_rate(0, 10, profile('demo', schedule='linear'))
+
+
+def test_two_processes_under_torchrun(store, tmp_path):
+    "Two gloo processes with gathered embeddings run to the end, keep one set of weights, and resume."
+    script = tmp_path/'run.py'
+    script.write_text(SCRIPT)
+    def launch(epochs):
+        overrides = json.dumps(TINY | dict(gather=True, epochs=epochs))
+        return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1', f'--master_port={20000 + os.getpid() % 20000}',
+                               str(script), str(store.path), str(tmp_path/'out'), overrides, '0'], capture_output=True, text=True, timeout=400, env=os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'))
+    answer = launch(1)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    c = Checkpoint.load(tmp_path/'out')
+    assert c.about['processes'] == 2 and c.about['step'] == 3                          # 48 pairs, 2 x 8 a step
+    answer = launch(2)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    assert Checkpoint.load(tmp_path/'out').about['step'] == 6
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
+def test_trains_on_cuda(store, tmp_path, precision):
+    if not torch.cuda.is_available(): pytest.skip('no CUDA device')
+    c = pretrain(store, profile('demo', **TINY | dict(precision=precision)), tmp_path, device='cuda', progress=False)
+    assert c.about['step'] == 18
+    again = pretrain(store, profile('demo', **TINY | dict(precision=precision, epochs=4)), tmp_path, device='cuda', progress=False)
+    assert again.about['step'] == 24
