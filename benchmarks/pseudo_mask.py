@@ -4,9 +4,10 @@
 
 (a) does all steps of the paper film by film with scikit-image, scipy and numpy, same choices as `PseudoMask()`.
 (b) does what the released code does (`as_released`): head mean, nearest resize, np.quantile, `>`; no body, no smoothing.
-The three run one after the other in every repeat, so that a busy machine slows all of them; medians are printed. (a) is timed
+They run one after the other in every repeat, so that a busy machine slows all of them; medians of wall-clock time are printed, and
+of processor time (all threads of the process), which other programs disturb less; with `--threads 1` the two agree on an idle machine. (a) is timed
 on `--loop-films` films a repeat and scaled up, since its cost is the same for every film."""
-import argparse, json, os, platform, statistics, sys, time
+import argparse, json, os, platform, sys, time
 import numpy as np, torch
 from g2d.pseudo_mask import PseudoMask
 
@@ -45,9 +46,9 @@ def films_and_attention(n, size, heads):
 
 def seconds(work, cuda=False):
     if cuda: torch.cuda.synchronize()
-    start = time.perf_counter(); work()
+    start = time.perf_counter(), time.process_time(); work()
     if cuda: torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return np.array([time.perf_counter() - start[0], time.process_time() - start[1]])
 
 
 if __name__ == '__main__':
@@ -67,10 +68,11 @@ if __name__ == '__main__':
     times = {name: [] for name in works}
     for _ in range(a.repeats):
         for name, work in works.items(): times[name].append(seconds(work, a.device != 'cpu')*(a.batch/k if name.startswith('(a)') else 1))
-    median = {name: statistics.median(t) for name, t in times.items()}
+    median = {name: np.median(t, axis=0) for name, t in times.items()}
     cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), platform.processor()) if os.path.exists('/proc/cpuinfo') else platform.processor()
     print(f'python {" ".join(sys.argv)}\n{cpu}, {os.cpu_count()} cores, {a.threads} threads, torch {torch.__version__}, device {torch.cuda.get_device_name() if a.device.startswith("cuda") else "cpu"}')
     print(f'batch {a.batch}, attention 8x8 x {a.heads} heads, films {a.size}x{a.size}; medians of {a.repeats} repeats')
-    for name, value in median.items(): print(f'{1e3*value:10.1f} ms  {name}')
+    for name, (wall, processor_time) in median.items(): print(f'{1e3*wall:8.1f} ms wall {1e3*processor_time:8.1f} ms processor  {name}')
     full, b, loop = (median[next(n for n in works if n.startswith(s))] for s in ('g2d, all', '(b)', '(a)'))
-    print(json.dumps(dict(times_faster_than_scikit_image_loop=round(loop/full, 1), times_faster_than_released=round(b/full, 2))))
+    for i, kind in enumerate(('wall', 'processor')):
+        print(json.dumps({'time': kind, 'times_faster_than_scikit_image_loop': round(loop[i]/full[i], 1), 'times_faster_than_released': round(b[i]/full[i], 2)}))

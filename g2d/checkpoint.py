@@ -149,13 +149,16 @@ def model(self: Checkpoint, device='cpu', **overrides):
     net.image_encoder.weights = self.about.get('start_weights', {}).get('image', 'unknown') + ', then g2d pre-training'
     return net.to(device).eval()
 
-# %% ../nbs/40_checkpoint.ipynb #a0cbbe6b
+# %% ../nbs/40_checkpoint.ipynb #6d88bef8
 @patch
 def export_timm(self: Checkpoint, path: str | Path) -> Path:
     "Write the image encoder as safetensors for a stock timm model; the header says how to build it."
     encoder, p = self.model().image_encoder, self.profile
-    stride = '' if p.output_stride == 32 else f', output_stride={p.output_stride}'
-    return _export(path, encoder.timm_state_dict(), p, f'timm.create_model("{p.image_encoder}", num_classes=0, in_chans={p.in_chans}{stride})')
+    options = f'in_chans={p.in_chans}' + ('' if p.output_stride == 32 else f', output_stride={p.output_stride}')
+    if p.encoder_depth == 5: return _export(path, encoder.timm_state_dict(), p, f'timm.create_model("{p.image_encoder}", num_classes=0, {options})')
+    # the last stages were never built: timm's own feature extractor leaves them out in the same way
+    maps = tuple(encoder.net.feature_info.out_indices)
+    return _export(path, encoder.net.state_dict(), p, f'timm.create_model("{p.image_encoder}", features_only=True, out_indices={maps}, {options})')
 
 @patch
 def export_unet(self: Checkpoint, path: str | Path) -> Path:

@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['app', 'main', 'pairs', 'prepare', 'pretrain', 'demo', 'doctor']
 
-# %% ../nbs/80_cli.ipynb #f17f802b
-import sys
+# %% ../nbs/80_cli.ipynb #1dd1d9ad
+import os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .settings import G2DError
+
+# %% ../nbs/80_cli.ipynb #fadb50cc
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # %% ../nbs/80_cli.ipynb #c0bd6a82
 app = typer.Typer(name='g2d', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -40,10 +43,10 @@ def pairs(options: list | None, flag: str # for the error message
         except json.JSONDecodeError: found[name] = value
     return found
 
-# %% ../nbs/80_cli.ipynb #3f8ba1a2
+# %% ../nbs/80_cli.ipynb #e70b476a
 @app.command()
 def prepare(set_name: Annotated[str, typer.Argument(metavar='SET', help='name of a data set; "list" shows all')],
-            source: Annotated[Optional[Path], typer.Option(help='folder of the raw data set, or a CSV file for "tidy"')] = None,
+            source: Annotated[Optional[list[Path]], typer.Option(help='folder of the raw data set, or CSV files for "tidy" (may be repeated)')] = None,
             out: Annotated[Optional[Path], typer.Option(help='folder of the store to be written')] = None,
             size: Annotated[int, typer.Option(help='side of the stored images in pixels')] = 256,
             workers: Annotated[Optional[int], typer.Option(help='processes that decode; settings.ini if not given')] = None,
@@ -55,10 +58,10 @@ def prepare(set_name: Annotated[str, typer.Argument(metavar='SET', help='name of
     if set_name == 'list':
         for name, entry in SETS.items(): print(f'{name:20} {(entry.__doc__ or "").strip().splitlines()[0]}')
         return
-    if source is None or out is None: raise G2DError('prepare needs --source and --out.')
+    if not source or out is None: raise G2DError('prepare needs --source and --out.')
     options = pairs(option, '--option')
     if column: options['columns'] = pairs(column, '--column')
-    store = run(set_name, source, out, size=size, workers=workers, how=how, **options)
+    store = run(set_name, source if len(source) > 1 else source[0], out, size=size, workers=workers, how=how, **options)
     rejected = Path(out)/'rejected.csv'
     lost = max(sum(1 for _ in open(rejected, encoding='utf-8')) - 1, 0) if rejected.exists() else 0
     print(f'{len(store)} images in {out}' + (f'; {lost} rows were rejected, reasons in {rejected}' if lost else '; nothing was rejected'))
@@ -80,10 +83,10 @@ def pretrain(store: Annotated[Path, typer.Argument(help='a store made by `g2d pr
     checkpoint = run(store, chosen, out, resume=resume, device=device, workers=workers, max_steps=max_steps)
     print(f'{checkpoint.about["step"]} steps done; checkpoint, log, curves and sample masks are in {checkpoint.path.parent}')
 
-# %% ../nbs/80_cli.ipynb #f70ca221
+# %% ../nbs/80_cli.ipynb #63eb9675
 @app.command()
 def demo(out: Annotated[Optional[Path], typer.Option(help='folder of the page; outputs/demo if not given')] = None,
-         images: Annotated[int, typer.Option(help='phantoms for training')] = 3000,
+         images: Annotated[int, typer.Option(help='phantoms for training')] = 2000,
          real: Annotated[bool, typer.Option(help='also pre-train on the real pairs when G2D_DATA is set')] = True,
          again: Annotated[bool, typer.Option(help='run again what is already done')] = False):
     "Generate phantoms, pre-train, show the pseudo-masks, fine-tune on 1 %, write one HTML page."

@@ -11,21 +11,21 @@ from pathlib import Path
 from .settings import G2DError
 from .files import atomic_path, read_json
 
-# %% ../nbs/81_demo.ipynb #a7efd16a
-def demo_runs(images: int = 3000, # phantoms for training
+# %% ../nbs/81_demo.ipynb #5988fb0b
+def demo_runs(images: int = 2000, # phantoms for training
               real: bool = True,  # also the real pairs, if settings.data_root is set
               quick: bool = False # a few seconds only: for tests
              ) -> list: # (title, notebook, function of earlier folders -> parameters)
     "The experiments of the demo in order."
-    small = dict(text_encoder='tiny', frozen_layers=0, text_pool='cls', image_size=64, crop_size=64, epochs=1, global_only_steps=2, batch_size=20) if quick else {}
+    small = dict(image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers=0, text_pool='cls', image_size=64, crop_size=64, epochs=1, global_only_steps=2, batch_size=20) if quick else {}
     test = 40 if quick else 500
     checkpoint = lambda name: (lambda done: str(done[name]/'training'))
     runs = [('Pre-training on phantoms', 'pretrain', lambda done: dict(store='phantoms', train_images=images, test_images=test, profile_name='demo', overrides=small)),
             ('Pseudo-masks of held-out phantoms', 'pseudo_mask_gallery', lambda done: dict(store=_store(done), checkpoint=checkpoint('Pre-training on phantoms')(done), films=8)),
             ('Segmentation with 1 % of the masks', 'segmentation', lambda done: dict(store=_store(done), checkpoint=checkpoint('Pre-training on phantoms')(done),
-                                                                                  fraction=.3 if quick else .01, steps=3 if quick else 120, seeds=1 if quick else 2))]
+                                                                                  fraction=.3 if quick else .01, steps=3 if quick else 50, seeds=1, limit=40 if quick else 200))]
     if real:
-        more = small or dict(epochs=12, global_only_steps=12, batch_size=32, warmup=.1)
+        more = small or dict(epochs=10, global_only_steps=12, batch_size=32)
         runs += [('Pre-training on real films', 'pretrain', lambda done: dict(store='real', profile_name='demo', overrides=more)),
                  ('Pseudo-masks of real films', 'pseudo_mask_gallery', lambda done: dict(store='real', split='', checkpoint=checkpoint('Pre-training on real films')(done), films=12))]
     return runs
@@ -86,9 +86,9 @@ def write_page(done: dict, # title -> folder of the run
     with atomic_path(path) as temporary: temporary.write_text('\n'.join(parts) + '</html>\n', encoding='utf-8')
     return path
 
-# %% ../nbs/81_demo.ipynb #1f7a2f6f
+# %% ../nbs/81_demo.ipynb #d8d650d8
 def demo(out: Path | str | None = None, # folder of the page; outputs/demo if None
-         images: int = 3000, real: bool = True, again: bool = False, quick: bool = False
+         images: int = 2000, real: bool = True, again: bool = False, quick: bool = False
         ) -> Path: # the HTML page
     "Run the demo. Real films are left out, with a note, when no data root is set."
     from g2d.runs import run_notebook

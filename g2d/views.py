@@ -83,7 +83,7 @@ def sample_masks(collected, # a `g2d.validation.Collected`
         ax.set_title(name, fontsize=7, loc='left')
     return save_figure(figure, path) if path else figure
 
-# %% ../nbs/70_views.ipynb #eea2df96
+# %% ../nbs/70_views.ipynb #e2e2db61
 def _column(rows, x, y):
     "The numbers of two columns, where both are filled."
     pairs = [(float(r[x]), float(r[y])) for r in rows if r.get(y) not in (None, '')]
@@ -101,7 +101,7 @@ def loss_curves(log, validation, path=None):
     for name in ('image_to_text_R@1', 'pointing_attention', 'pointing_named', 'mask_agreement'):
         x, y = _column(validation, 'epoch', name)
         if x: axes[2].plot(x, y, 'o-', ms=3, label=name)
-    axes[2].set(title='held-out pairs', xlabel='epoch', ylim=(0, 1)); axes[2].legend(fontsize=7)
+    axes[2].set(title='held-out pairs', xlabel='epoch', ylim=(0, 1.25)); axes[2].legend(fontsize=6, ncols=2, loc='upper center')
     return save_figure(figure, path) if path else figure
 
 # %% ../nbs/70_views.ipynb #6e865cf2

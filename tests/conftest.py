@@ -6,6 +6,7 @@ import pytest
 os.environ['MPLBACKEND'] = 'Agg'                      # before anything imports matplotlib
 os.environ.setdefault('HF_HUB_OFFLINE', '1')          # no test may wait for a network
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # spinning threads make a busy machine many times slower
 
 
 @pytest.fixture(scope='session')

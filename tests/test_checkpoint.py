@@ -9,7 +9,7 @@ from g2d.models.g2d import G2D
 from g2d.profiles import profile
 from g2d.settings import G2DError
 
-SMALL = dict(text_encoder='tiny', frozen_layers=0, text_pool='cls', image_size=64, crop_size=64)
+SMALL = dict(image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers=0, text_pool='cls', image_size=64, crop_size=64)
 
 
 @pytest.fixture(scope='module')
@@ -50,32 +50,36 @@ def test_random_numbers_continue():
     assert draw() == first
 
 
-@pytest.mark.parametrize('name, stride, chans', [('resnet18', 16, 1), ('resnet18', 32, 3), ('resnet50', 32, 1)])
-def test_exports_load_in_stock_timm_and_smp(tmp_path, name, stride, chans):
+WHOLE = dict(encoder_depth=5, decoder_channels=(64, 32, 16, 16, 8))
+
+
+@pytest.mark.parametrize('name, stride, chans, depth', [('resnet18', 16, 1, 5), ('resnet18', 32, 3, 5), ('resnet50', 32, 1, 5), ('tf_efficientnet_lite0', 32, 1, 4), ('resnet18', 32, 1, 4)])
+def test_exports_load_in_stock_timm_and_smp(tmp_path, name, stride, chans, depth):
     import timm, segmentation_models_pytorch as smp
     torch.manual_seed(1)
-    net = G2D(profile('demo', **SMALL | dict(image_encoder=name, output_stride=stride, in_chans=chans)))
+    net = G2D(profile('demo', **SMALL | (WHOLE if depth == 5 else {}) | dict(image_encoder=name, output_stride=stride, in_chans=chans)))
     net.train(); net(torch.rand(4, 1, 64, 64), ['a', 'b', 'c', 'd'])                  # moves the BatchNorm statistics
     net.eval()
     c = Checkpoint.of(net)
     images = torch.rand(2, chans, 64, 64)
-    stock = timm.create_model(name, num_classes=0, in_chans=chans, output_stride=stride).eval()
-    stock.load_state_dict(load_file(c.export_timm(tmp_path/'timm.safetensors')))       # strict
+    def stock(path, **modules):
+        "The sentence in the file's header builds the model, and the weights fit it strictly."
+        from safetensors import safe_open
+        with safe_open(path, 'pt') as file: model = eval(file.metadata()['load_with'], modules).eval()
+        model.load_state_dict(load_file(path))
+        return model
+    encoder, unet = stock(c.export_timm(tmp_path/'timm.safetensors'), timm=timm), stock(c.export_unet(tmp_path/'unet.safetensors'), segmentation_models_pytorch=smp)
+    prepared = net.image_encoder.prepare(images)
     with torch.no_grad():
-        torch.testing.assert_close(stock.forward_features(net.image_encoder.prepare(images)), net.image_encoder(images)[-1], atol=1e-5, rtol=1e-5)
-    path = c.export_unet(tmp_path/'unet.safetensors')
-    from safetensors import safe_open
-    with safe_open(path, 'pt') as file: how = file.metadata()['load_with']
-    unet = eval(how, dict(segmentation_models_pytorch=smp)).eval()                     # the sentence in the header is true
-    unet.load_state_dict(load_file(path))
-    with torch.no_grad():
-        torch.testing.assert_close(unet(net.image_encoder.prepare(images)), net(images, ['a', 'b']).mask_logits, atol=1e-5, rtol=1e-5)
+        last = encoder.forward_features(prepared) if depth == 5 else encoder(prepared)[-1]
+        torch.testing.assert_close(last, net.image_encoder(images)[-1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(unet(prepared), net(images, ['a', 'b']).mask_logits, atol=1e-5, rtol=1e-5)
 
 
 def test_another_architecture_is_refused(trained, tmp_path):
     net, _ = trained
     c = Checkpoint.of(net).save(tmp_path/'c.safetensors')
-    for change in (dict(image_encoder='resnet34'), dict(embed_dim=64), dict(in_chans=3), dict(decoder_channels=(64, 32, 16, 8, 8))):
+    for change in (dict(image_encoder='resnet34'), dict(embed_dim=64), dict(in_chans=3), dict(decoder_channels=(32, 16, 16, 8))):
         other = G2D(profile('demo', **SMALL | change))
         before = {k: v.clone() for k, v in other.state_dict().items()}
         with pytest.raises(G2DError, match='does not fit this model'): c.load_into(other)

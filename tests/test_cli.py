@@ -67,7 +67,7 @@ def test_prepare_and_pretrain_end_to_end(tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert '24 images' in answer.stdout and '1 rows were rejected' in answer.stdout
     assert 'broken.jpg' in (tmp_path/'store'/'rejected.csv').read_text()
-    small = ['text_encoder=tiny', 'frozen_layers=0', 'image_size=64', 'crop_size=64', 'batch_size=8', 'epochs=1', 'global_only_steps=1']
+    small = ['image_encoder=resnet18', 'pretrained=false', 'text_encoder=tiny', 'frozen_layers=0', 'image_size=64', 'crop_size=64', 'batch_size=8', 'epochs=1', 'global_only_steps=1']
     answer = g2d('pretrain', tmp_path/'store', '--profile', 'demo', '--out', tmp_path/'run', '--device', 'cpu', *sum((['--set', s] for s in small), []))
     assert answer.returncode == 0, answer.stderr[-2000:]
     assert '2 steps done' in answer.stdout and (tmp_path/'run'/'checkpoint.safetensors').exists()

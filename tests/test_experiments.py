@@ -6,7 +6,7 @@ from g2d.runs import check_parameters, find_notebook, run_key, run_notebook
 from g2d.settings import G2DError
 from g2d.files import read_json
 
-TINY = dict(text_encoder='tiny', frozen_layers=0, text_pool='cls', image_size=64, crop_size=64, epochs=1, global_only_steps=2, batch_size=16, decoder_channels=[32, 16, 16, 8, 8])
+TINY = dict(image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers=0, text_pool='cls', image_size=64, crop_size=64, epochs=1, global_only_steps=2, batch_size=16, decoder_channels=[32, 16, 16, 8])
 
 
 @pytest.fixture
@@ -72,3 +72,12 @@ def test_key_depends_on_code_and_parameters_not_on_prose(tmp_path):
     copy.write_text(json.dumps(doc)); assert run_key(copy, dict(seed=1)) == first
     next(c for c in doc['cells'] if c['cell_type'] == 'code')['source'].append('\nx = 1')
     copy.write_text(json.dumps(doc)); assert run_key(copy, dict(seed=1)) != first
+
+
+@pytest.mark.parametrize('notebook', sorted((Path(__file__).parents[1]/'nbs'/'experiments').glob('*.ipynb')), ids=lambda p: p.stem)
+def test_papermill_understands_every_parameter(notebook):
+    "papermill drops a line that it cannot read (a comment with an equals sign, say) with a mere log message."
+    import ast, papermill
+    cell = next(c for c in json.loads(notebook.read_text())['cells'] if 'parameters' in c['metadata'].get('tags', []))
+    written = [node.target.id for node in ast.parse(''.join(cell['source'])).body]
+    assert list(papermill.inspect_notebook(str(notebook))) == written

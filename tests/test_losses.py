@@ -6,6 +6,10 @@ from g2d.losses import (dense_alignment_loss, dense_alignment_loss_as_released, 
 from g2d.settings import G2DError
 
 
+@pytest.fixture(autouse=True)
+def one_thread(clean_state): torch.set_num_threads(1)     # small tensors; a second thread only waits where the machine is busy
+
+
 def pair(b=6, d=10, seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(b, d, generator=g, dtype=dtype)*3, torch.randn(b, d, generator=g, dtype=dtype)

