@@ -11,7 +11,7 @@ from pathlib import Path
 from .settings import G2DError
 from .files import atomic_path, read_json
 
-# %% ../nbs/81_demo.ipynb #5988fb0b
+# %% ../nbs/81_demo.ipynb #0e3fa348
 def demo_runs(images: int = 2000, # phantoms for training
               real: bool = True,  # also the real pairs, if settings.data_root is set
               quick: bool = False # a few seconds only: for tests
@@ -23,9 +23,9 @@ def demo_runs(images: int = 2000, # phantoms for training
     runs = [('Pre-training on phantoms', 'pretrain', lambda done: dict(store='phantoms', train_images=images, test_images=test, profile_name='demo', overrides=small)),
             ('Pseudo-masks of held-out phantoms', 'pseudo_mask_gallery', lambda done: dict(store=_store(done), checkpoint=checkpoint('Pre-training on phantoms')(done), films=8)),
             ('Segmentation with 1 % of the masks', 'segmentation', lambda done: dict(store=_store(done), checkpoint=checkpoint('Pre-training on phantoms')(done),
-                                                                                  fraction=.3 if quick else .01, steps=3 if quick else 50, seeds=1, limit=40 if quick else 200))]
+                                                                                  fraction=.3 if quick else .01, steps=3 if quick else 40, seeds=1, limit=40 if quick else 150))]
     if real:
-        more = small or dict(epochs=10, global_only_steps=12, batch_size=32)
+        more = small or dict(epochs=8, global_only_steps=12, batch_size=32)
         runs += [('Pre-training on real films', 'pretrain', lambda done: dict(store='real', profile_name='demo', overrides=more)),
                  ('Pseudo-masks of real films', 'pseudo_mask_gallery', lambda done: dict(store='real', split='', checkpoint=checkpoint('Pre-training on real films')(done), films=12))]
     return runs
@@ -47,7 +47,7 @@ def _table(rows, head):
     body = ''.join('<tr>' + ''.join(f'<td>{cell(v)}</td>' for v in row) + '</tr>' for row in rows)
     return '<table><tr>' + ''.join(f'<th>{html.escape(h)}</th>' for h in head) + f'</tr>{body}</table>'
 
-# %% ../nbs/81_demo.ipynb #6ac1ec31
+# %% ../nbs/81_demo.ipynb #768eea8e
 _FIGURES = {'image_to_text_R@1': 'image to text, R@1', 'image_to_text_R@5': 'image to text, R@5', 'chance_R@1': 'chance, R@1', 'times_chance': 'R@1 as a multiple of chance', 'distinct_texts': 'distinct texts',
             'pointing_attention': 'pointing game, attention', 'pointing_similarity': 'pointing game, similarity of the report', 'pointing_named': 'pointing game, one sentence for one finding',
             'mask_agreement': 'IoU of masks of different films (near 1 = a stencil)', 'iou_pseudo': 'IoU pseudo-mask and finding', 'iou_predicted': 'IoU prediction and finding',
@@ -58,19 +58,20 @@ def _section(title, folder):
     import csv
     metrics = read_json(folder/'metrics.json')
     parts = [f'<h2>{html.escape(title)}</h2><p class="note">Notebook with all cells: <code>{html.escape(str(folder/"run.ipynb"))}</code></p>']
+    if 'start_image' in metrics: parts.append(f'<p class="note">Encoders started from: image {html.escape(metrics["start_image"])}; text {html.escape(metrics["start_text"])}.</p>')
     shown = [(label, metrics[key], metrics.get('untrained_' + key)) for key, label in _FIGURES.items() if key in metrics]
     if shown: parts.append(_table(shown, ['figure', 'trained', 'untrained']))
     for table in sorted(folder.glob('*.csv')):
         with open(table, newline='') as file: rows = list(csv.reader(file))
         parts.append(_table([[_number(v) for v in row] for row in rows[1:]], rows[0]))
-    pictures = sorted((folder/'figures').glob('*.png')) + ([folder/'training'/'losses.png'] if (folder/'training'/'losses.png').exists() else [])
+    pictures = [p for p in sorted((folder/'figures').glob('*.png')) if p.stem != 'overview'] + ([folder/'training'/'losses.png'] if (folder/'training'/'losses.png').exists() else [])
     return '\n'.join(parts + [f'<p>{html.escape(p.stem.replace("_", " "))}</p>' + _picture(p) for p in pictures])
 
 def _number(text):
     try: return float(text)
     except ValueError: return text
 
-# %% ../nbs/81_demo.ipynb #c463e168
+# %% ../nbs/81_demo.ipynb #3fbaf649
 def write_page(done: dict, # title -> folder of the run
                path: Path, notes: list = ()) -> Path:
     "Write the page of the demo; returns its path."
@@ -79,7 +80,7 @@ def write_page(done: dict, # title -> folder of the run
     about = f'g2d {__version__}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads'
     first = next(iter(done.values()))/'figures'/'overview.png'
     parts = ['<!doctype html><html lang="en"><meta charset="utf-8"><title>g2d demo</title>', f'<style>{_STYLE}</style><h1>g2d: what one demo run learned</h1>', f'<p class="note">{html.escape(about)}</p>',
-             '<p>The model saw films and reports only. Green contours are the truth, used in the figures and nowhere else; orange contours are the pseudo-masks made from attention.</p>']
+             '<p>Pre-training saw films and reports, and no annotation. Green contours are the truth, used in the figures and nowhere else; orange contours are the pseudo-masks made from attention.</p>']
     if first.exists(): parts.append(_picture(first))
     parts += [f'<p class="note">{html.escape(note)}</p>' for note in notes] + [_section(title, folder) for title, folder in done.items()]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ def test_exports_load_in_stock_timm_and_smp(tmp_path, name, stride, chans, depth
 def test_another_architecture_is_refused(trained, tmp_path):
     net, _ = trained
     c = Checkpoint.of(net).save(tmp_path/'c.safetensors')
-    for change in (dict(image_encoder='resnet34'), dict(embed_dim=64), dict(in_chans=3), dict(decoder_channels=(32, 16, 16, 8))):
+    for change in (dict(image_encoder='resnet34'), dict(embed_dim=64), dict(in_chans=3), dict(decoder_channels=(64, 32, 16, 8))):
         other = G2D(profile('demo', **SMALL | change))
         before = {k: v.clone() for k, v in other.state_dict().items()}
         with pytest.raises(G2DError, match='does not fit this model'): c.load_into(other)

@@ -65,10 +65,10 @@ def test_without_truth_no_figure_is_invented(tmp_path, net):
     with pytest.raises(G2DError, match='no held-out pairs'): collect_pass(net, bare.select(where=np.arange(6) == 2))
 
 
-def test_lungs_are_anatomy_and_no_finding(tmp_path):
+def test_anatomy_and_devices_are_no_findings(tmp_path):
     lung = np.zeros((64, 64), bool); lung[10:50, 5:25] = True
     with StoreWriter(tmp_path/'s', size=64) as writer:
-        writer.add(np.full((64, 64), 9, np.uint8), image_id='a', patient_id='a', text='x', masks={'Left Lung': lung}, boxes=[dict(label='Left Lung', x=5, y=10, w=20, h=40)])
+        writer.add(np.full((64, 64), 9, np.uint8), image_id='a', patient_id='a', text='x', masks={'Left Lung': lung, 'Cardiomediastinum': lung, 'Endotracheal Tube': lung}, boxes=[dict(label='Left Lung', x=5, y=10, w=20, h=40)])
     s = RadiographStore.open(tmp_path/'s')
     assert not truth_masks(s).any() and findings_with_words(s, 0) == []
 
