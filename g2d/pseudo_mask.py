@@ -7,8 +7,8 @@ __all__ = ['average_heads', 'upsample_map', 'otsu_threshold', 'fill_enclosed', '
            'kept_share', 'row_quantile', 'keep_above', 'fit_mixture', 'mixture_threshold', 'gaussian_blur',
            'bilateral_binary', 'PseudoMask']
 
-# %% ../nbs/30_pseudo_mask.ipynb #1debd676
-import functools, math
+# %% ../nbs/30_pseudo_mask.ipynb #49fe9a4b
+import functools, math, threading
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -18,13 +18,25 @@ from torch.nn import functional as F
 from .settings import G2DError
 from .threads import for_each_piece
 
+# %% ../nbs/30_pseudo_mask.ipynb #f7dcb658
+_local = threading.local()
+
+def _memory(name, shape, like):
+    "Uninitialised memory of this shape: the thread's own where `_local.reuse` is set, else new."
+    if not getattr(_local, 'reuse', False) or like.device.type != 'cpu': return like.new_empty(shape)
+    kept, n = getattr(_local, name, None), math.prod(shape)
+    if kept is None or kept.numel() < n or kept.dtype != like.dtype:
+        kept = like.new_empty(n)
+        setattr(_local, name, kept)
+    return kept[:n].view(shape)
+
 # %% ../nbs/30_pseudo_mask.ipynb #4933e3ac
 def average_heads(attention: Float[Tensor, "b heads h w"] # attention of the pooling layer, >= 0
                  ) -> Float[Tensor, "b 1 h w"]:
     "Mean over the heads (paper, Eq. 2)."
     return attention.mean(1, keepdim=True)
 
-# %% ../nbs/30_pseudo_mask.ipynb #6aca6e33
+# %% ../nbs/30_pseudo_mask.ipynb #b72ed745
 def _interpolate(x, size, mode):
     return F.interpolate(x, size, mode=mode, align_corners=None if mode == 'nearest' else False)
 
@@ -36,7 +48,7 @@ def upsample_map(scores: Float[Tensor, "b c h w"], # averaged attention
     if scores.device.type == 'cpu':
         eyes = (torch.eye(n, dtype=scores.dtype)[None, None] for n in scores.shape[-2:])
         rows, columns = (_interpolate(eye, (m, eye.shape[-1]), mode)[0, 0] for eye, m in zip(eyes, size))
-        result = rows @ scores @ columns.T
+        result = torch.matmul(rows @ scores, columns.T, out=_memory('scores', (*scores.shape[:2], *size), scores))
     else: result = _interpolate(scores, tuple(size), mode)
     return result.clamp_(min=0) if mode == 'bicubic' else result
 
@@ -85,7 +97,7 @@ def inversion_score(grid: Float[Tensor, "b n n"] # films in [0, 1], sampled on a
     mediastinum, lungs, middle, corners = (rows @ regions/count.clamp(min=1)).unbind(1)
     return mediastinum - lungs + torch.where(count[:, 3] > 0, middle - corners, 0)
 
-# %% ../nbs/30_pseudo_mask.ipynb #8977425b
+# %% ../nbs/30_pseudo_mask.ipynb #d6ad4659
 _grid = 64   # cells a side of the body mask
 
 def _enlarge(grid, size):
@@ -102,10 +114,16 @@ def _zero_outside_(scores, grid):
     scores.view(b, c, n, h//n, w).mul_(F.interpolate(grid, (n, w), mode='nearest')[..., None, :])
     return scores
 
+def _sample_grid(images):
+    "The pixel in the middle of each of 64 x 64 cells; a plain slice where the size is a multiple."
+    (h, w), n = images.shape[-2:], _grid
+    if h % n or w % n: return F.interpolate(images, (n, n), mode='nearest-exact')
+    return images[..., h//n//2::h//n, w//n//2::w//n]
+
 def body_grid(images: Float[Tensor, "b c height width"], # [0, 1]
              ) -> Bool[Tensor, "b n n"]: # True = patient
     "The body on a 64 x 64 grid (our choice; the paper only says histogram-based thresholding per image)."
-    grid = F.interpolate(images, (_grid, _grid), mode='nearest-exact').float()
+    grid = _sample_grid(images).float()
     grid = grid.mean(1) if grid.shape[1] > 1 else grid[:, 0]
     inverted = 255.*(inversion_score(grid) < 0)[:, None, None]
     value = (255*grid).round_().clamp_(0, 255).sub_(inverted).abs_()
@@ -133,7 +151,7 @@ def _positions(count, size, q):
     low = position.floor()
     return low.long() + size - count, (position - low).float()
 
-# %% ../nbs/30_pseudo_mask.ipynb #ec08712c
+# %% ../nbs/30_pseudo_mask.ipynb #bd952ef1
 def _neighbours(rows, low):
     "The score at ascending position `low` [B] of each row, and the next one: two tensors [B]."
     if rows.device.type != 'cpu':
@@ -145,7 +163,8 @@ def _neighbours(rows, low):
         wanted = (low - low.min())[:, None] > torch.arange(pad)
         rows = torch.cat([rows, torch.where(wanted, math.inf, -math.inf)], 1)
     at = int(low.min()) + pad
-    ordered = torch.from_numpy(np.partition(rows.numpy(), at, axis=1))
+    ordered = _memory('ordered', rows.shape, rows).copy_(rows)
+    ordered.numpy().partition(at, axis=1)
     lower = ordered[:, at]
     upper = ordered[:, at+1:].amin(1) if at + 1 < rows.shape[1] else lower
     return lower, torch.where(upper.isinf(), lower, upper)
@@ -205,7 +224,7 @@ def mixture_threshold(rows: Float[Tensor, "b n"], # scores
     bright = (log[..., 1] >= log[..., 0]) & (x[..., 0] >= mean[:, :1])
     return (low + span*((bright.float().argmax(1)[:, None] - .5)/255).clamp(min=0))[:, 0]
 
-# %% ../nbs/30_pseudo_mask.ipynb #b61dff88
+# %% ../nbs/30_pseudo_mask.ipynb #72335f66
 def _taps(kernel_size, sigma):
     "Weights of a normalised Gaussian window."
     x = np.arange(kernel_size) - kernel_size//2
@@ -221,7 +240,8 @@ def _band(n, kernel_size, sigma):
 
 def _blur_blocks(x, kernel_size, sigma, block=32):
     "Blur [N, H, W] by the blocks on the band of the two matrices."
-    k, middle, out, (n, h, w) = kernel_size//2, torch.empty_like(x), torch.empty_like(x), x.shape
+    k, (n, h, w) = kernel_size//2, x.shape
+    middle, out = _memory('middle', x.shape, x), _memory('blurred', x.shape, x)
     rows, columns = (_band(size, kernel_size, sigma) for size in (h, w))
     for s in range(0, w, block):
         band = slice(max(0, s - k), s + block + k)
@@ -246,7 +266,7 @@ def gaussian_blur(mask: Float[Tensor, "b c h w"], kernel_size: int, sigma: float
     blur = _blur_blocks if mask.device.type == 'cpu' else _blur_shifts
     return blur(mask.reshape(-1, *mask.shape[-2:]).contiguous(), kernel_size, sigma).view(mask.shape)
 
-# %% ../nbs/30_pseudo_mask.ipynb #b7af776f
+# %% ../nbs/30_pseudo_mask.ipynb #6e40acba
 def bilateral_binary(mask: Float[Tensor, "b c h w"], # 0 or 1
                      kernel_size: int = 9, # pixels, odd
                      sigma_color: float = 1., # range parameter, in units of the mask (0..1)
@@ -256,7 +276,8 @@ def bilateral_binary(mask: Float[Tensor, "b c h w"], # 0 or 1
     "Bilateral filter of a binary mask, exactly: one Gaussian blur and a formula."
     w = math.exp(-.5/sigma_color**2)
     d = gaussian_blur(mask, kernel_size, sigma_space).sub_(mask)
-    return torch.addcdiv(mask, d, d.abs().mul_(w - 1).add_(1), value=w, out=d if out is None else out)
+    size = torch.abs(d, out=_memory('middle', d.shape, d))
+    return torch.addcdiv(mask, d, size.mul_(w - 1).add_(1), value=w, out=d if out is None else out)
 
 # %% ../nbs/30_pseudo_mask.ipynb #5961ee41
 def _check(attention, images, look):
@@ -281,8 +302,8 @@ def _thresholds(masked, body, rule, q, over):
     else: result = row_quantile(rows, .5 if rule == 'median' else q, count)
     return result.view(masked.shape[:2])
 
-# %% ../nbs/30_pseudo_mask.ipynb #38550198
-_piece = 16   # films a CPU works on at a time
+# %% ../nbs/30_pseudo_mask.ipynb #d69cd377
+_piece = 32   # films a CPU works on at a time
 _choices = dict(upsample=('bilinear', 'nearest', 'bicubic'), over=('image', 'body'), threshold=('percentile', 'median', 'mean', 'gmm'))
 
 def _refuse(s):
@@ -322,14 +343,18 @@ class PseudoMask(nn.Module):
 
     def extra_repr(self): return ', '.join(f'{name}={value!r}' for name, value in self.settings.items())
 
-# %% ../nbs/30_pseudo_mask.ipynb #4813fe71
+# %% ../nbs/30_pseudo_mask.ipynb #f4b6c580
 @patch
 def _start(self: PseudoMask, attention, images):
-    "Averaged attention and the body grid (None without body mask), both small."
+    "The averaged attention, after a look at the input."
     _check(attention, images, images.device.type == 'cpu' or not self.looked)
     self.looked, attention = True, attention.detach().float()
-    averaged = attention if self.settings['per_head'] else average_heads(attention)
-    return averaged, body_grid(images.detach())[:, None].float() if self.settings['body_mask'] else None
+    return attention if self.settings['per_head'] else average_heads(attention)
+
+@patch
+def _grid_of(self: PseudoMask, images):
+    "The body on its small grid, or None without body mask."
+    return body_grid(images.detach())[:, None].float() if self.settings['body_mask'] else None
 
 # %% ../nbs/30_pseudo_mask.ipynb #13bc0618
 @patch
@@ -345,26 +370,29 @@ def _finish(self: PseudoMask, averaged, grid, size, result=None):
     r['smooth'] = bilateral_binary(r['binary'], s['kernel_size'], s['sigma_color'], s['sigma_space'], result) if s['smooth'] else r['binary']
     return r
 
-# %% ../nbs/30_pseudo_mask.ipynb #83acee23
+# %% ../nbs/30_pseudo_mask.ipynb #49f15e82
 @patch
 def steps(self: PseudoMask, attention: Float[Tensor, "b heads h w"], # >= 0, from the pooling layer
           images: Float[Tensor, "b channels height width"] # 1 or 3 channels in [0, 1]
          ) -> dict: # averaged, upsampled, body, masked, binary, smooth
     "Every intermediate by name, float32, without gradient. Raises `G2DError` for input of the wrong shape or range."
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        averaged, grid = self._start(attention, images)
-        return dict(averaged=averaged, **self._finish(averaged, grid, images.shape[-2:]))
+        averaged = self._start(attention, images)
+        return dict(averaged=averaged, **self._finish(averaged, self._grid_of(images), images.shape[-2:]))
 
-# %% ../nbs/30_pseudo_mask.ipynb #4dec2b56
+# %% ../nbs/30_pseudo_mask.ipynb #001421cf
 @patch
 def forward(self: PseudoMask, attention: Float[Tensor, "b heads h w"], images: Float[Tensor, "b channels height width"]
            ) -> Float[Tensor, "b maps height width"]: # [B, 1, H, W]; with `per_head` [B, heads, H, W]
     "The pseudo-mask, the target of the decoder. Raises `G2DError` for input of the wrong shape or range."
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        averaged, grid = self._start(attention, images)
+        averaged = self._start(attention, images)
         result = averaged.new_empty(*averaged.shape[:2], *images.shape[-2:])
         # a CPU is faster on pieces that fit its cache, one core a piece; other devices take the batch at once
         piece = _piece if images.device.type == 'cpu' else max(1, len(images))
-        def work(cut): self._finish(averaged[cut], None if grid is None else grid[cut], images.shape[-2:], result[cut])
+        def work(cut):
+            _local.reuse = True
+            try: self._finish(averaged[cut], self._grid_of(images[cut]), images.shape[-2:], result[cut])
+            finally: _local.reuse = False
         for_each_piece(work, [(slice(at, at + piece),) for at in range(0, len(images), piece)], images.device)
     return result
