@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lab export readme clean-notebooks benchmarks help
+.PHONY: demo test lab export readme render benchmarks help
 help:
 	@echo "make demo        install, run the main job on phantoms (and on real films where G2D_DATA is set), say where the page is"
 	@echo "make test        install the development extra and run all tests"
 	@echo "make lab         open the notebooks in JupyterLab"
 	@echo "make export      notebooks -> g2d/, then clean the notebooks"
 	@echo "make readme      nbs/index.ipynb -> README.md"
+	@echo "make render      run the notebooks and keep their pictures (on phantoms only, never on real films)"
 	@echo "make benchmarks  run every benchmark by hand (minutes)"
 
 # torch and torchvision are asked for together and unpinned: only then they match on every machine
@@ -42,6 +43,12 @@ export: $(VENV)/.dev
 
 readme: $(VENV)/.dev
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](images/#](nbs/images/#' > README.md
+
+# G2D_DATA is emptied: a picture of a real film must not enter the repository
+render: $(VENV)/.dev
+	for file in $$(ls nbs/[0-9]*.ipynb nbs/data/*.ipynb nbs/models/*.ipynb nbs/tasks/*.ipynb); do \
+	  G2D_DATA= $(BIN)/nbdev-test --save $$file && $(BIN)/python -c "import sys; from g2d.views import shrink_pictures; shrink_pictures(sys.argv[1])" $$file || exit 1; done
+	$(BIN)/nbdev-clean
 
 benchmarks: $(VENV)/.dev
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done

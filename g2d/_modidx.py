@@ -645,4 +645,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'g2d.views.sample_masks': ('views.html#sample_masks', 'g2d/views.py'),
                            'g2d.views.save_figure': ('views.html#save_figure', 'g2d/views.py'),
                            'g2d.views.show_film': ('views.html#show_film', 'g2d/views.py'),
+                           'g2d.views.shrink_pictures': ('views.html#shrink_pictures', 'g2d/views.py'),
                            'g2d.views.steps_figure': ('views.html#steps_figure', 'g2d/views.py')}}}

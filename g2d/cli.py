@@ -66,7 +66,7 @@ def prepare(set_name: Annotated[str, typer.Argument(metavar='SET', help='name of
     lost = max(sum(1 for _ in open(rejected, encoding='utf-8')) - 1, 0) if rejected.exists() else 0
     print(f'{len(store)} images in {out}' + (f'; {lost} rows were rejected, reasons in {rejected}' if lost else '; nothing was rejected'))
 
-# %% ../nbs/80_cli.ipynb #077f10d6
+# %% ../nbs/80_cli.ipynb #6977ef2a
 @app.command()
 def pretrain(store: Annotated[Path, typer.Argument(help='a store made by `g2d prepare`')],
              profile: Annotated[str, typer.Option(help='as_paper, as_released, recommended or demo')] = 'recommended',
@@ -81,7 +81,7 @@ def pretrain(store: Annotated[Path, typer.Argument(help='a store made by `g2d pr
     chosen = named(profile, **pairs(set_, '--set'))
     from g2d.pretrain import pretrain as run
     checkpoint = run(store, chosen, out, resume=resume, device=device, workers=workers, max_steps=max_steps)
-    print(f'{checkpoint.about["step"]} steps done; checkpoint, log, curves and sample masks are in {checkpoint.path.parent}')
+    if os.environ.get('RANK', '0') == '0': print(f'{checkpoint.about["step"]} steps done; checkpoint, log, curves and sample masks are in {checkpoint.path.parent}')
 
 # %% ../nbs/80_cli.ipynb #63eb9675
 @app.command()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STEPS', 'new_figure', 'save_figure', 'show_film', 'steps_figure', 'sample_masks', 'loss_curves',
-           'overview']
+           'overview', 'shrink_pictures']
 
 # %% ../nbs/70_views.ipynb #cd05212f
 from pathlib import Path
@@ -120,3 +120,21 @@ def overview(collected, view, index: int, path=None):
     words = ' '.join(collected.texts[index].split())
     figure.supxlabel('\n'.join(textwrap.wrap(words, 130)[:3]), fontsize=7)
     return save_figure(figure, path, dpi=100) if path else figure
+
+# %% ../nbs/70_views.ipynb #5831e500
+def shrink_pictures(notebook: str | Path, quality=72 # JPEG quality
+                   ) -> int: # bytes saved
+    "Re-encode the PNG pictures in a notebook's outputs as JPEG where that is smaller; writes the notebook in place."
+    import base64, io, json
+    from PIL import Image
+    doc, saved = json.loads(Path(notebook).read_text(encoding='utf-8')), 0
+    for output in (o for cell in doc['cells'] for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})):
+        png = base64.b64decode(''.join(output['data']['image/png']))
+        jpeg = io.BytesIO()
+        Image.open(io.BytesIO(png)).convert('RGB').save(jpeg, 'JPEG', quality=quality, optimize=True)
+        if len(jpeg.getvalue()) >= len(png): continue
+        saved += len(png) - len(jpeg.getvalue())
+        output['data']['image/jpeg'] = base64.b64encode(jpeg.getvalue()).decode()
+        del output['data']['image/png']
+    Path(notebook).write_text(json.dumps(doc, indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
+    return saved
