@@ -74,17 +74,17 @@ def seed_everything(seed: int) -> None:
     import random
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
-# %% ../nbs/41_pretrain.ipynb #cf6b6b43
+# %% ../nbs/41_pretrain.ipynb #45ae002f
 from fastcore.basics import patch
 
 @patch
 def setup(self: Pretrainer):
     "Build accelerator, loader, model and optimiser."
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from g2d.data.loading import Augment, PairLoader
     from g2d.models.g2d import G2D
     p = self.profile
-    from accelerate.state import AcceleratorState
     if int(os.environ.get('WORLD_SIZE', 1)) == 1: AcceleratorState._reset_state(True)   # a notebook may train twice, with another precision
     self.accelerator = Accelerator(mixed_precision=dict(fp32='no').get(p.precision, p.precision), cpu=self.device_name == 'cpu')
     self.device = self.accelerator.device
@@ -139,7 +139,7 @@ def update(self: Pretrainer) -> float: # gradient norm before clipping
     self.done_steps += 1
     return float(norm)
 
-# %% ../nbs/41_pretrain.ipynb #8b4d064e
+# %% ../nbs/41_pretrain.ipynb #71d3d9be
 @patch
 def epoch(self: Pretrainer):
     "All batches of an epoch that were not done yet."
@@ -147,6 +147,7 @@ def epoch(self: Pretrainer):
     from tqdm import tqdm
     p, number, started = self.profile, self.done_epochs, time.time()
     self.model.train()
+    self.optimizer.zero_grad(set_to_none=True)   # batches left over by `accumulate` end with their epoch: a checkpoint between epochs holds no gradients
     bar = tqdm(initial=self.loader.step, total=len(self.loader), desc=f'epoch {number+1}/{p.epochs}', mininterval=2,
                disable=not (self.progress and self.accelerator.is_main_process))
     for batch in self.loader:

@@ -118,6 +118,23 @@ def test_bf16_and_accumulation(store, tmp_path):
     assert c.about['step'] == 3
 
 
+def test_left_over_batches_of_accumulation_do_not_reach_the_next_epoch(store, tmp_path):
+    "Six batches an epoch in steps of four: two are left over. A run resumed between epochs has no gradients of them, so no run may."
+    from g2d.pretrain import Pretrainer
+    p = profile('demo', **TINY | dict(accumulate=4, global_only_steps=0))
+    whole = pretrain(store, p, tmp_path/'whole', device='cpu', progress=False, val_images=8)
+    half = Pretrainer(store, p, tmp_path/'half', device='cpu', progress=False, val_images=8, checkpoint_seconds=1e9)
+    (tmp_path/'half').mkdir()
+    def stop(row, *rest):
+        if row['step'] == 2: raise KeyboardInterrupt
+    half._after_step = stop
+    with pytest.raises(KeyboardInterrupt): half.run()
+    assert Checkpoint.load(tmp_path/'half').about['step'] == 1
+    again = pretrain(store, p, tmp_path/'half', device='cpu', progress=False, val_images=8)
+    assert again.about['step'] == whole.about['step'] == 3
+    assert all(torch.equal(whole.weights[k], again.weights[k]) for k in whole.weights)
+
+
 def test_what_does_not_fit_is_refused(store, tmp_path):
     p = profile('demo', **TINY | dict(epochs=1))
     pretrain(store, p, tmp_path/'run', device='cpu', progress=False, max_steps=1)
