@@ -58,7 +58,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict, groups: li
         raise G2DError('The optimiser state in the checkpoint belongs to a model with other parameters.')
     optimizer.load_state_dict(dict(state=state, param_groups=[g | dict(params=o['params']) for g, o in zip(groups, own)]))
 
-# %% ../nbs/40_checkpoint.ipynb #165c5cdd
+# %% ../nbs/40_checkpoint.ipynb #fd298057
 @dataclass
 class Checkpoint:
     "A G2D model with all that continues or explains its training."
@@ -67,6 +67,7 @@ class Checkpoint:
     about: dict = field(default_factory=dict)        # version, start weights, store hash, validation, position
     training: dict = field(default_factory=dict)     # optimiser and random states; empty in a final export
     path: Path | None = None                         # the file it was read from or written to
+    seen: torch.Tensor | None = None                 # int64 fingerprints of the training images and patients, see `g2d.data.splits.fingerprints`
 
     @classmethod
     def of(cls, model, optimizer=None, **about) -> 'Checkpoint':
@@ -83,7 +84,7 @@ def start_weights(model) -> dict:
     "Which weights the two encoders started from, in the words of their loaders."
     return dict(image=model.image_encoder.weights, text=model.text_encoder.weights)
 
-# %% ../nbs/40_checkpoint.ipynb #a8921118
+# %% ../nbs/40_checkpoint.ipynb #f928cee1
 from fastcore.basics import patch
 
 @patch
@@ -92,6 +93,7 @@ def save(self: Checkpoint, path: str | Path) -> 'Checkpoint':
     tensors = {f'model/{k}': v for k, v in self.weights.items()}
     tensors |= {f'optimizer/{k}': v for k, v in self.training.get('optimizer', {}).items()}
     tensors |= {f'random/{k}': v for k, v in self.training.get('random', {}).items()}
+    if self.seen is not None: tensors['seen/prints'] = self.seen
     header = dict(profile=self.profile.to_dict(), about=self.about, groups=self.training.get('groups'))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -116,7 +118,7 @@ def _read(path):
     except G2DError: raise
     except Exception as error: raise G2DError(f'{path} is damaged or half-written ({type(error).__name__}: {str(error)[:80]}); use an older checkpoint or start again.') from None
 
-# %% ../nbs/40_checkpoint.ipynb #26bdebe1
+# %% ../nbs/40_checkpoint.ipynb #ceecde69
 @patch(cls_method=True)
 def load(cls: Checkpoint, path: str | Path # a checkpoint file, or the folder of a run
         ) -> 'Checkpoint':
@@ -124,7 +126,7 @@ def load(cls: Checkpoint, path: str | Path # a checkpoint file, or the folder of
     path, tensors, header = _read(path)
     part = lambda name: {k[len(name)+1:]: v for k, v in tensors.items() if k.startswith(name + '/')}
     training = dict(optimizer=part('optimizer'), groups=header['groups'], random=part('random')) if header.get('groups') else {}
-    return cls(Profile.from_dict(header['profile']), part('model'), header['about'], training, path)
+    return cls(Profile.from_dict(header['profile']), part('model'), header['about'], training, path, tensors.get('seen/prints'))
 
 # %% ../nbs/40_checkpoint.ipynb #07945c2d
 @patch

@@ -43,7 +43,7 @@ def pairs(options: list | None, flag: str # for the error message
         except json.JSONDecodeError: found[name] = value
     return found
 
-# %% ../nbs/80_cli.ipynb #e70b476a
+# %% ../nbs/80_cli.ipynb #2270c6c9
 @app.command()
 def prepare(set_name: Annotated[str, typer.Argument(metavar='SET', help='name of a data set; "list" shows all')],
             source: Annotated[Optional[list[Path]], typer.Option(help='folder of the raw data set, or CSV files for "tidy" (may be repeated)')] = None,
@@ -51,20 +51,36 @@ def prepare(set_name: Annotated[str, typer.Argument(metavar='SET', help='name of
             size: Annotated[int, typer.Option(help='side of the stored images in pixels')] = 256,
             workers: Annotated[Optional[int], typer.Option(help='processes that decode; settings.ini if not given')] = None,
             how: Annotated[str, typer.Option(help='pad (keeps proportions), stretch (as the released code) or crop')] = 'pad',
+            split: Annotated[Optional[str], typer.Option(help='which split of the set fills the column: official, as_paper, as_mgca, fixed; the set\'s own choice if not given')] = None,
             column: Annotated[Optional[list[str]], typer.Option(help='tidy: our_name=your_column, for example image=path; may be repeated')] = None,
-            option: Annotated[Optional[list[str]], typer.Option(help='an option of this data set, name=value; may be repeated')] = None):
+            option: Annotated[Optional[list[str]], typer.Option(help='an option of this data set, name=value; may be repeated')] = None,
+            check: Annotated[bool, typer.Option('--check', help='decode nothing: compare the counts with the published ones; exit code 1 if some differ')] = False):
     "Prepare a data set: raw folder -> RadiographStore with checks."
-    from g2d.data.prepare import prepare as run, SETS
+    from g2d.data.prepare import prepare as run, load_sets
     if set_name == 'list':
-        for name, entry in SETS.items(): print(f'{name:20} {(entry.__doc__ or "").strip().splitlines()[0]}')
+        for name, entry in sorted(load_sets().items()): print(f'{name:20} {(entry.__doc__ or "").strip().splitlines()[0]}')
         return
-    if not source or out is None: raise G2DError('prepare needs --source and --out.')
+    if not source or not (out or check): raise G2DError('prepare needs --source and --out (or --check).')
     options = pairs(option, '--option')
     if column: options['columns'] = pairs(column, '--column')
-    store = run(set_name, source if len(source) > 1 else source[0], out, size=size, workers=workers, how=how, **options)
+    source = source if len(source) > 1 else source[0]
+    if check: return _check(set_name, source, options)
+    store = run(set_name, source, out, size=size, workers=workers, how=how, split=split, **options)
     rejected = Path(out)/'rejected.csv'
     lost = max(sum(1 for _ in open(rejected, encoding='utf-8')) - 1, 0) if rejected.exists() else 0
     print(f'{len(store)} images in {out}' + (f'; {lost} rows were rejected, reasons in {rejected}' if lost else '; nothing was rejected'))
+
+def _check(set_name, source, options):
+    "Print the table of counts; exit code 1 when some differ from what was published."
+    from g2d.data.prepare import check_counts
+    table = check_counts(set_name, source, **options)
+    show = lambda value: '' if value is None else f'{value:,}' if isinstance(value, int) else str(value)
+    widths = [max(len(show(v)) for v in [name, *table[name]]) for name in table]
+    for row in [list(table), *table.to_numpy().tolist()]: print('  '.join(f'{show(v):{w}}' for v, w in zip(row, widths)).rstrip())
+    if n := int((table['verdict'] == 'DIFFERS').sum()):
+        print(f'{n} of {int((table["verdict"] != "").sum())} published counts differ.')
+        raise typer.Exit(1)
+    print('All counts for which there is a published value are the same.')
 
 # %% ../nbs/80_cli.ipynb #6977ef2a
 @app.command()

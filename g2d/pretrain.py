@@ -74,7 +74,7 @@ def seed_everything(seed: int) -> None:
     import random
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
-# %% ../nbs/41_pretrain.ipynb #45ae002f
+# %% ../nbs/41_pretrain.ipynb #24be9a57
 from fastcore.basics import patch
 
 @patch
@@ -91,6 +91,7 @@ def setup(self: Pretrainer):
     self.pairs = with_report_texts(self.store, p)
     self.loader = PairLoader(self.pairs, p.batch_size, split=None if p.train_split == 'all' else p.train_split, seed=p.seed, rank=self.accelerator.process_index,
                              world_size=self.accelerator.num_processes, workers=self.workers, shuffle=True, reshuffle=p.reshuffle, drop_last=True)
+    self.seen = self._fingerprints()
     self.augment, self.pseudo_mask = Augment(p.augment, p.crop_size, p.seed, self.accelerator.process_index), make_pseudo_mask(p)
     seed_everything(p.seed)
     self.net = G2D(p).to(memory_format=torch.channels_last)   # convolutions are faster with channels last, on the CPU too
@@ -98,6 +99,15 @@ def setup(self: Pretrainer):
     optimizer = torch.optim.AdamW(parameter_groups(self.net, p), lr=p.lr, betas=p.betas, weight_decay=p.weight_decay)
     self.model, self.optimizer = self.accelerator.prepare(self.net, optimizer)
     self.total_steps = self.max_steps or p.epochs*(len(self.loader)//p.accumulate)
+
+# %% ../nbs/41_pretrain.ipynb #1f6f9310
+@patch
+def _fingerprints(self: Pretrainer):
+    "Fingerprints of the images and patients of the training pairs."
+    from g2d.data.splits import fingerprints
+    index = self.pairs.index[self.pairs.index['text'].notna()]
+    if self.profile.train_split != 'all': index = index[(index['split'] == self.profile.train_split).fillna(False)]
+    return torch.from_numpy(fingerprints(index, self.store.manifest.get('source', '')))
 
 # %% ../nbs/41_pretrain.ipynb #1e5bb12d
 @patch
@@ -189,7 +199,7 @@ def validate(self: Pretrainer):
     sample_masks(collected, view, self.profile, self.out/'masks'/f'epoch_{self.done_epochs:03d}.png')
     loss_curves(self.log.rows, self.validation.rows, self.out/'losses.png')
 
-# %% ../nbs/41_pretrain.ipynb #00c6f2c8
+# %% ../nbs/41_pretrain.ipynb #124c01e9
 @patch
 def save(self: Pretrainer, position: dict | None = None):
     "Write the checkpoint; `position` is the loader's state in the middle of an epoch."
@@ -197,6 +207,7 @@ def save(self: Pretrainer, position: dict | None = None):
     scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
     self.checkpoint = Checkpoint.of(self.net, self.optimizer, step=self.done_steps, epoch=self.done_epochs, position=position, scaler=scaler, store=self.store.hash,
                                     total_steps=self.total_steps, processes=self.accelerator.num_processes, validation=self.validation.rows[-1:])
+    self.checkpoint.seen = self.seen
     self.checkpoint.save(self.out/'checkpoint.safetensors')
     self.saved_at = time.time()
 
