@@ -203,7 +203,7 @@ def _engine():
     papermill_engines.register('g2d', Engine)
     return Engine
 
-# %% ../nbs/59_notebooks.ipynb #6af073d0
+# %% ../nbs/59_notebooks.ipynb #c811c076
 def _execute(notebook, parameters, folder, progress, parts):
     "Run one notebook through papermill and record how it ended."
     import logging, papermill
@@ -227,7 +227,8 @@ def _execute(notebook, parameters, folder, progress, parts):
         dead = type(error).__name__ == 'DeadKernelError'
         _failed(folder, 'The kernel died (killed, or out of memory)' if dead else f'{type(error).__name__}: {error}', started)
     (folder/'kernel.json').unlink(missing_ok=True)
-    write_json(folder/'done.json', dict(seconds=time.time()-started, python=sys.version.split()[0]))
+    full = {name: p.default for name, p in parameters_of(notebook).items() if name != 'folder'} | parameters
+    write_json(folder/'done.json', dict(seconds=time.time()-started, python=sys.version.split()[0], parameters=full))
     return folder
 
 def _failed(folder, sentence, started, cell=None, source='', traceback=()):
