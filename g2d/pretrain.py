@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rate', 'CsvLog', 'Pretrainer', 'parameter_groups', 'seed_everything', 'pretrain']
 
-# %% ../nbs/41_pretrain.ipynb #846fa47a
+# %% ../nbs/41_pretrain.ipynb #b5683987
 import csv, math, os, time
 from pathlib import Path
 import numpy as np
@@ -14,7 +14,7 @@ from .settings import G2DError
 from .files import atomic_path, write_json, read_json
 from .profiles import Profile, profile as named_profile
 from .checkpoint import Checkpoint, unpack_optimizer, set_random_state
-from .validation import make_pseudo_mask, losses_of, collect_pass, summarise, with_report_texts
+from .validation import make_pseudo_mask, losses_of, collect_pass, summarise, with_report_texts, dense_target
 
 # %% ../nbs/41_pretrain.ipynb #c5d57936
 def learning_rate(step: int,        # optimiser steps done so far
@@ -118,30 +118,31 @@ def _warm_text_cache(self: Pretrainer):
     texts = sorted(set(self.pairs.index['text'].dropna()))
     self.net.text_encoder.warm_cache(texts)
 
-# %% ../nbs/41_pretrain.ipynb #e20fade6
+# %% ../nbs/41_pretrain.ipynb #4e8f0a59
 @patch
 def step(self: Pretrainer, batch) -> dict: # losses as tensors, without gradient
     "Forward and backward of one batch."
     torch.manual_seed((self.profile.seed*1_000_003 + batch.global_step*1_009 + self.accelerator.process_index) % 2**31)
     images, _ = self.augment(batch.images.to(self.device, non_blocking=True), step=batch.global_step)
-    dense = self.done_steps >= self.profile.global_only_steps
+    dense = self.done_steps >= self.profile.global_only_steps and self.profile.dense_target != 'none'
     together = self.accelerator.num_processes > 1
     out = self.model(images, batch.texts, decode=dense or together)
-    target = self.pseudo_mask(out.attention.detach(), images) if dense else None
+    shift = int(torch.randint(1, max(len(images), 2), ())) if self.profile.dense_target == 'shuffled' else 1
+    target = dense_target(self.profile, self.pseudo_mask, out, images, shift) if dense else None
     parts = losses_of(self.profile, out, target, batch.texts, dense=dense)
     # several processes wait for a gradient of every parameter: the decoder gets one of zero, and `update` drops it
     rest = 0.*out.mask_logits.sum() if together and not dense else 0.
     self.accelerator.backward((parts['loss'] + rest)/self.profile.accumulate)
     return {k: v.detach() for k, v in parts.items()}
 
-# %% ../nbs/41_pretrain.ipynb #1777ffbc
+# %% ../nbs/41_pretrain.ipynb #2353fd49
 @patch
 def update(self: Pretrainer) -> float: # gradient norm before clipping
     "One optimiser step at the scheduled learning rate."
     rate = learning_rate(self.done_steps, self.total_steps, self.profile)
     for group in self.optimizer.param_groups: group['lr'] = rate*group['factor']
     parameters = [x for x in self.net.parameters() if x.requires_grad]
-    if self.done_steps < self.profile.global_only_steps:
+    if self.done_steps < self.profile.global_only_steps or self.profile.dense_target == 'none':
         for x in self.net.decoder.parameters(): x.grad = None
     norm = self.accelerator.clip_grad_norm_(parameters, self.profile.clip_grad or float('inf'))
     self.optimizer.step()

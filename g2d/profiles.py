@@ -58,7 +58,7 @@ _row('text_bn_over_padding', 'text projector normalises over all positions, padd
 _row('decoder_channels', 'widths of the U-Net decoder', ((256, 128, 64, 32, 16), 'ours (not in the paper): smp default'), ((256, 128, 64, 32, 16), 'code: smp default'),
      demo=((32, 16, 16, 8), 'ours: two CPU cores, four stages'))
 
-# %% ../nbs/01_profiles.ipynb #5eab8cb3
+# %% ../nbs/01_profiles.ipynb #8d409030
 _row('percentile', 'scores below this quantile are dropped', (0.85, 'paper'), (0.85, 'code'))
 _row('threshold', 'percentile, median, mean or gmm', ('percentile', 'paper'), ('percentile', 'code'))
 _row('strict', '> instead of >=', (False, 'paper'), (True, 'code: np.quantile and >'))
@@ -71,6 +71,7 @@ _row('kernel_size', 'window of the filter in pixels, odd', (9, 'ours (not in the
 _row('sigma_color', 'range parameter; at 0.3 and below a 0/1 mask hardly changes', (1.0, 'ours (not in the paper)'), (1.0, 'unused'))
 _row('sigma_space', 'spatial parameter in pixels', (3.0, 'ours (not in the paper)'), (3.0, 'unused'), demo=(1.5, 'ours: half the image size'))
 _row('mask_per_head', 'one mask a head instead of their average', (False, 'paper'), (False, 'code'))
+_row('dense_target', 'what the decoder learns: pseudo, shuffled (masks of other films), reconstruction (pixels) or none (global loss only)', ('pseudo', 'paper'), ('pseudo', 'code'))
 
 # %% ../nbs/01_profiles.ipynb #ece9c313
 _row('temperature', 'sigma of the contrastive loss', (0.07, 'paper'), (0.07, 'code'))

@@ -199,3 +199,32 @@ def test_trains_on_cuda(store, tmp_path, precision):
     assert c.about['step'] == 18
     again = pretrain(store, profile('demo', **TINY | dict(precision=precision, epochs=4)), tmp_path, device='cuda', progress=False)
     assert again.about['step'] == 24
+
+
+@pytest.mark.parametrize('target', ['none', 'shuffled', 'reconstruction', 'pseudo'])
+def test_what_the_decoder_learns(target, tmp_path):
+    "The ablations of the paper: no decoder, masks of other films, pixels."
+    import torch
+    from g2d.data.phantom import make_phantom_store
+    from g2d.models.g2d import G2D
+    from g2d.profiles import profile
+    from g2d.validation import dense_target, losses_of, make_pseudo_mask
+    from g2d.pretrain import pretrain
+    p = profile('demo', image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers=0, text_pool='cls', image_size=64, crop_size=64, epochs=1, batch_size=8,
+                global_only_steps=0, encoder_depth=4, decoder_channels=(16, 8, 8, 8), dense_target=target)
+    images, texts = torch.rand(5, 1, 64, 64), [f'film {k}' for k in range(5)]
+    model, processor = G2D(p), make_pseudo_mask(p)
+    out = model(images, texts)
+    wanted, parts = dense_target(p, processor, out, images, 2), None
+    parts = losses_of(p, out, wanted, texts, gather=False)
+    own = processor(out.attention.detach(), images)
+    if target == 'none': assert wanted is None and 'dense' not in parts and torch.equal(parts['loss'], parts['global'])
+    if target == 'shuffled': assert all(torch.equal(wanted[k], own[(k - 2) % 5]) for k in range(5))
+    if target == 'reconstruction': assert parts['dense'].item() == pytest.approx(((out.mask_logits - images)**2).mean().item(), rel=1e-5)
+    if target == 'pseudo': assert torch.equal(wanted, own)
+    store = make_phantom_store(tmp_path/'store', 24, size=64, split=dict(train=.7, val=.3))
+    torch.manual_seed(p.seed)
+    start = {k: v.clone() for k, v in G2D(p).decoder.state_dict().items()}
+    end = pretrain(store, p, tmp_path/'run', device='cpu', progress=False)
+    moved = any(not torch.equal(v, end.weights[f'decoder.{k}']) for k, v in start.items() if 'running' not in k and 'num_batches' not in k)
+    assert moved == (target != 'none')
