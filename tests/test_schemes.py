@@ -139,3 +139,14 @@ def test_a_checkpoint_knows_what_it_has_seen(tmp_path):
     start = find_start(checkpoint)
     check_start(start, store.select('test'))
     with pytest.raises(G2DError, match='has seen'): check_start(start, store.select('train'))
+
+
+def test_weights_may_not_move_into_a_test_set():
+    from g2d.data.splits import seen_elsewhere, check_weights_may_move
+    frame = archive()
+    names = frame.image_id.tolist()
+    a = make_scheme('a', frame, dict(train=names[:50], val=names[50:60], test=names[60:]), 'x', leaking=True)
+    b = make_scheme('b', frame, dict(train=names[30:], test=names[:30]), 'x', leaking=True)
+    assert seen_elsewhere(a, b) == names[:30] and seen_elsewhere(b, a) == names[60:] and seen_elsewhere(a, a) == []
+    with pytest.raises(G2DError, match=f'30 of the 30 test images'): check_weights_may_move(a, b)
+    check_weights_may_move(a, a)

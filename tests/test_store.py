@@ -276,12 +276,65 @@ def test_full_disk_at_the_end(whole, tmp_path, monkeypatch, where):
             if not str(file.name).endswith('jsonl'): return real(file, offset, data)
             real(file, offset, bytes(data)[:len(data)//2]); raise full
         monkeypatch.setattr(store_room, '_write_at', half)
-    if where == 'index': monkeypatch.setattr('pyarrow.parquet.write_table', fail)
+    if where == 'index': monkeypatch.setattr('pyarrow.parquet.ParquetWriter.write_table', fail)
     if where == 'hash': monkeypatch.setattr(store_room, 'write_json', fail)
     with pytest.raises(G2DError, match='The disk is full'): write(tmp_path/'s')
     monkeypatch.undo()
     write(tmp_path/'s')
     assert contents(tmp_path/'s') == contents(whole.path)
+
+# --- black borders ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('how', ['pad', 'stretch', 'crop'])
+@pytest.mark.parametrize('seed', range(6))
+def test_crop_borders_is_fit_on_the_cut_film(how, seed):
+    "Image, masks and boxes are those of a film cut by hand (rule of the released code: the extent of what is not zero)."
+    rng = np.random.default_rng(seed)
+    top, bottom, left, right = (int(v) for v in rng.integers(0, 25, 4))
+    inner = rng.integers(1, 256, (rng.integers(30, 60), rng.integers(30, 60))).astype(np.uint8)
+    inner[5:9, 5:9] = 0                                                       # zeros inside are no border
+    image = np.pad(inner, ((top, bottom), (left, right)))
+    ys, xs = np.nonzero(image)
+    rows, columns = slice(ys.min(), ys.max() + 1), slice(xs.min(), xs.max() + 1)
+    assert store_room.zero_borders(image) == (rows, columns) and image[rows, columns].shape == inner.shape
+    mask = np.zeros(image.shape, bool); mask[top + 4:top + 20, left + 3:left + 17] = True
+    box = dict(label='spot', x=left + 3., y=top + 4., w=14., h=16.)
+    got = fit(image, 32, {'spot': mask}, [box], how, crop_borders=True)
+    want = fit(inner, 32, {'spot': mask[rows, columns]}, [dict(box, x=3., y=4.)], how)
+    assert np.array_equal(got[0], want[0]) and np.array_equal(got[1]['spot'], want[1]['spot']) and [b['label'] for b in got[2]] == [b['label'] for b in want[2]]
+    for a, b in zip(got[2], want[2]): assert [a[k] for k in 'xywh'] == pytest.approx([b[k] for k in 'xywh'])
+    plain = fit(image, 32, {'spot': mask}, [box], how)
+    assert np.array_equal(plain[0], fit(image, 32, how=how)[0])               # off unless asked for
+
+def test_crop_borders_edges():
+    image = np.zeros((40, 50), np.uint8); image[10:30, 15:35] = 90
+    boxes = [dict(label='half', x=5, y=12, w=20, h=4), dict(label='gone', x=0, y=0, w=10, h=8), dict(label='touches', x=5, y=12, w=10, h=4)]
+    out, masks, kept = fit(image, 20, {'black': np.pad(np.ones((5, 5), bool), ((0, 35), (0, 45)))}, boxes, crop_borders=True)
+    assert (out == 90).all() and not masks['black'].any() and kept == [dict(label='half', x=0., y=2., w=10., h=4.)]
+    assert not fit(np.zeros((40, 50), np.uint8), 20, crop_borders=True)[0].any()                    # all black: left as it is
+    image[0, 0] = 1                                                                                 # a grain of dust ends the cut
+    assert store_room.zero_borders(image) == (slice(0, 30), slice(0, 35))
+    deep = np.full((40, 50), 700, np.int16); deep[10:30, 15:35] = np.arange(800, 1200).reshape(20, 20)
+    assert np.array_equal(fit(deep, 20, crop_borders=True)[0], fit(to_uint8(deep)[10:30, 15:35], 20)[0])  # zero is the lowest value of a deep film
+    with pytest.raises(G2DError, match='outside the image'): fit(image, 20, boxes=[dict(label='a', x=60, y=5, w=5, h=5)], crop_borders=True)
+    with pytest.raises(G2DError, match='has shape'): fit(image, 20, {'a': np.ones((20, 20))}, crop_borders=True)
+
+def test_rows_go_through_the_journal_in_pieces(tmp_path, monkeypatch, whole):
+    "Several row groups give the same table, whether or not the run was interrupted, and counts that brute force confirms."
+    monkeypatch.setattr(store_room, '_piece', 2000)
+    cut = write(tmp_path/'cut')
+    import pyarrow.parquet as pq
+    assert pq.ParquetFile(tmp_path/'cut/index.parquet').num_row_groups > 3
+    pd.testing.assert_frame_equal(cut.index, whole.index)
+    assert cut.manifest['counts'] == whole.manifest['counts']
+    index, counts = whole.index, whole.manifest['counts']
+    assert counts['patients'] == index.patient_id.nunique() and counts['with_text'] == index.text.notna().sum() and counts['with_mask'] == sum(m is not None for m in index['mask'])
+    assert counts['split'] == index.split.fillna('missing').value_counts().to_dict()
+    with pytest.raises(KeyboardInterrupt), StoreWriter(tmp_path/'again', size=32, source='toy') as writer:
+        for k in range(17): add(writer, k)
+        raise KeyboardInterrupt
+    write(tmp_path/'again')
+    assert contents(tmp_path/'again') == contents(tmp_path/'cut')
 
 # --- appending --------------------------------------------------------------------------------------------------------
 

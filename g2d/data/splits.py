@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['as_ids', 'split_by_patient', 'check_disjoint', 'fraction_ids', 'ids_hash', 'save_ids', 'load_ids', 'Scheme',
-           'count_leaks', 'make_scheme', 'save_scheme', 'load_scheme', 'fingerprints', 'check_unseen']
+           'count_leaks', 'make_scheme', 'seen_elsewhere', 'check_weights_may_move', 'save_scheme', 'load_scheme',
+           'fingerprints', 'check_unseen']
 
 # %% ../../nbs/data/12_splits.ipynb #2c1233df
 import hashlib
@@ -246,6 +247,19 @@ def make_scheme(name: str, # official, as_paper, as_mgca, fixed, ...
         train = frame[images.isin(set(parts['train'])).to_numpy(bool)]
         fractions = {f'{f:g}': fraction_ids(train, f, seed) for f in (.01, .1)}
     return Scheme(name, parts, source, leaks, {key: sorted(as_ids(list(ids))) for key, ids in (fractions or {}).items()})
+
+# %% ../../nbs/data/12_splits.ipynb #b7752379
+def seen_elsewhere(trained: Scheme, # weights were trained (and chosen) under this scheme
+                   tested: Scheme # and are to be tested under this one
+                  ) -> list[str]: # images of the second's test part that the first has trained or validated on
+    "Test images that weights bring along from another task."
+    before = set().union(*(ids for part, ids in trained.parts.items() if part != 'test'))
+    return sorted(before & set(tested.parts.get('test', ())))
+
+def check_weights_may_move(trained: Scheme, tested: Scheme) -> None:
+    "Raise `G2DError` when weights trained under one scheme have seen test images of the other."
+    if seen := seen_elsewhere(trained, tested):
+        raise G2DError(f'Weights must not move from "{trained.name}" to "{tested.name}": {len(seen)} of the {len(tested.parts["test"])} test images were in training or validation, e.g. {", ".join(seen[:3])}.')
 
 # %% ../../nbs/data/12_splits.ipynb #40808b6f
 def save_scheme(folder: str | Path, scheme: Scheme) -> Path: # folder/NAME.json

@@ -280,7 +280,7 @@ def _check_header(self: StoreWriter, found, only=None):
         if old.get(key) != new.get(key):
             raise G2DError(f'{self.path} was begun with {key} = {old.get(key)!r}, not {new.get(key)!r}: choose another folder, or remove it to start anew.')
 
-# %% ../../nbs/data/10_store.ipynb #caca7946
+# %% ../../nbs/data/10_store.ipynb #267d7b85
 @patch
 def _begin(self: StoreWriter, longer=False):
     "Open both files; to make a finished store `longer`, the old images are copied first and the journal written last."
@@ -308,6 +308,7 @@ def _write_at(file, offset, data):
         with contextlib.suppress(OSError): os.truncate(file.fileno(), size)
         raise
 
+# %% ../../nbs/data/10_store.ipynb #11f1f031
 @patch
 def _resume(self: StoreWriter):
     "Continue a half-written store: cut both files to the images that are whole."
