@@ -130,11 +130,11 @@ def find_notebook(name: str) -> Path:
     known = sorted({p.stem for place in places if place.is_dir() for p in place.glob('*.ipynb')})
     raise G2DError(f'There is no experiment "{name}"; ' + (f'known are {", ".join(known)}.' if known else 'no folder nbs/experiments was found: run g2d inside a clone of its repository.'))
 
-# %% ../nbs/59_notebooks.ipynb #4524a82a
+# %% ../nbs/59_notebooks.ipynb #94bf9a8d
 def run_folder(notebook: str | Path, parameters: dict, output_root: Path | None = None) -> Path:
     "Where a run lies: OUTPUTS/EXPERIMENT/KEY."
     from g2d.settings import settings
-    return Path(output_root or settings.output_root)/Path(notebook).stem/run_key(notebook, parameters)
+    return Path(output_root or settings.output_root).resolve()/Path(notebook).stem/run_key(notebook, parameters)
 
 def run_notebook(name: str | Path,  # experiment name or notebook path
                  parameters: dict,  # values for its parameters cell
@@ -149,7 +149,7 @@ def run_notebook(name: str | Path,  # experiment name or notebook path
     from filelock import FileLock, Timeout
     notebook = find_notebook(str(name))
     check_parameters(notebook, parameters)
-    folder = Path(folder or run_folder(notebook, parameters, output_root))
+    folder = Path(folder or run_folder(notebook, parameters, output_root)).resolve() # papermill changes the working directory
     (folder/'figures').mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder/'.lock', timeout=0):

@@ -338,7 +338,7 @@ def log_to(sink: str, p: Planned) -> None:
     tracker.set_experiment(f'g2d-{p.row.experiment}')
     with tracker.start_run(run_name=name): tracker.log_params(plain); tracker.log_metrics(numbers); tracker.log_artifacts(str(p.folder/'figures'))
 
-# %% ../nbs/60_runs.ipynb #5dfdcc33
+# %% ../nbs/60_runs.ipynb #e7f96bc9
 def run_table(table: str | Path, # .csv or .yaml
               workers: int | None = None, # runs at a time; None: one a GPU, or one
               executor: str = 'local', # local, slurm, or submitit (its local executor)
@@ -357,7 +357,7 @@ def run_table(table: str | Path, # .csv or .yaml
         import importlib.util
         if sink not in SINKS: raise G2DError(f'There is no sink "{sink}"; there is {", ".join(SINKS)}.')
         if importlib.util.find_spec(sink) is None: raise G2DError(f'The sink "{sink}" is not installed: pip install {sink}.')
-    root = Path(output_root or settings.output_root)
+    root = Path(output_root or settings.output_root).resolve() # workers and kernels stand in other directories
     plans = plan_rows(read_rows(table), root)
     if dry_run or any(p.state != 'done' for p in plans): _estimates(plans)
     if not dry_run and (again or any(p.state != 'done' for p in plans)):
