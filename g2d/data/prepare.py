@@ -377,7 +377,7 @@ def parse_options(set_name: str, # a name in `SETS`
         options[name.strip()] = value if '.' in name else _value(value)
     return _options(set_name, options)[1]
 
-# %% ../../nbs/data/15_prepare.ipynb #8f4f8bc4
+# %% ../../nbs/data/15_prepare.ipynb #ff7e8832
 def check_counts(set_name: str, # a name in `SETS`
                  source: str | Path | list, # folder or table of the raw data
                  progress: bool = True, # show a bar while files are looked up
@@ -394,7 +394,7 @@ def check_counts(set_name: str, # a name in `SETS`
     published = PUBLISHED[set_name]
     names = [*found, *(name for name in published if name not in found)]
     rows = [dict(count=name, found=found.get(name), published=published.get(name, (None,))[0], where=published.get(name, ('', ''))[1]) for name in names]
-    for row in rows: row['verdict'] = '' if row['published'] is None else 'same' if row['found'] == row['published'] else 'DIFFERS'
+    for row in rows: row['verdict'] = '' if row['published'] is None else 'not counted' if row['found'] is None else 'same' if row['found'] == row['published'] else 'DIFFERS'
     return pd.DataFrame(rows, columns=['count', 'found', 'published', 'verdict', 'where'], dtype=object)
 
 def _films(items, progress):

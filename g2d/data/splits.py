@@ -86,7 +86,7 @@ def _counts(n, fractions):
     while counts.sum() > n: counts[np.argmax(np.where(counts > 1, counts - wanted, -np.inf))] -= 1
     return dict(zip(fractions, counts.tolist()))
 
-# %% ../../nbs/data/12_splits.ipynb #6613b4e7
+# %% ../../nbs/data/12_splits.ipynb #0e35fd0c
 def _stratify_values(frame, stratify):
     "The values to stratify by: a column's name, or anything with one value a row."
     if isinstance(stratify, str):
@@ -106,7 +106,7 @@ def split_by_patient(frame: pd.DataFrame, # one row an image; columns image_id, 
     fractions = dict(train=0.8, val=0.1, test=0.1) if fractions is None else fractions
     patients = _patients(frame, missing)
     strata = None if stratify is None else _strata(_stratify_values(frame, stratify), patients)
-    order = _order(patients, strata, seed)
+    order = _order(patients.tolist(), strata, seed)
     names = [name for name, count in _counts(len(order), fractions).items() for _ in range(count)]
     return patients.map(dict(zip(order, names))).astype('string').rename('split')
 
@@ -146,7 +146,7 @@ def check_disjoint(data: pd.DataFrame | Mapping # table with a column split, or 
     rows = {name: len(part) for name, part in parts.items()}
     return pd.DataFrame(dict(rows=rows, **table, rows_without_patient=without)).rename_axis('split')
 
-# %% ../../nbs/data/12_splits.ipynb #6fd7980e
+# %% ../../nbs/data/12_splits.ipynb #a58e6fbe
 def fraction_ids(frame: pd.DataFrame, # one row an image, usually of the training split
                  fraction: float, # above 0, up to 1
                  seed: int = 0, # another seed, another list
@@ -159,11 +159,11 @@ def fraction_ids(frame: pd.DataFrame, # one row an image, usually of the trainin
     images = as_ids(frame['image_id']) if 'image_id' in frame else None
     units = _patients(frame if by == 'patient' else frame.drop(columns='patient_id', errors='ignore'), missing='image')
     strata = None if stratify is None else _strata(_stratify_values(frame, stratify), units)
-    order = _order(units, strata, seed)
+    order = _order(units.tolist(), strata, seed)
     chosen = set(order[:max(1, round(fraction*len(order)))])
-    return sorted(images[units.isin(chosen)])
+    return sorted(images[units.isin(chosen).to_numpy(bool)].tolist())
 
-# %% ../../nbs/data/12_splits.ipynb #d6191efa
+# %% ../../nbs/data/12_splits.ipynb #69dbcf44
 def ids_hash(ids: Iterable # different ids
             ) -> str: # 64 hexadecimal digits
     "SHA-256 of the sorted ids, one a line. Raises `G2DError` for missing or doubled ids or line breaks in an id."
@@ -172,7 +172,7 @@ def ids_hash(ids: Iterable # different ids
     if len(twice := ids[ids.duplicated()]):
         raise G2DError(f'{twice.nunique()} ids are twice in the list, e.g. {", ".join(twice.unique()[:3])}.')
     if ids.str.contains('[\n\r]').any(): raise G2DError('An id holds a line break, which a list of one id a line cannot store.')
-    return hashlib.sha256(''.join(f'{name}\n' for name in sorted(ids)).encode()).hexdigest()
+    return hashlib.sha256(''.join(f'{name}\n' for name in sorted(ids.tolist())).encode()).hexdigest()
 
 def save_ids(path: str | Path, # a .json file
              ids: Iterable, # different ids
@@ -212,19 +212,19 @@ class Scheme:
     def sizes(self) -> dict: return {part: len(ids) for part, ids in self.parts.items()}
     def __repr__(self): return f'Scheme({self.name!r}, {self.sizes}, {"LEAKS " + str(self.leaks) if self.leaks else "nothing leaks"})'
 
-# %% ../../nbs/data/12_splits.ipynb #05249fc2
+# %% ../../nbs/data/12_splits.ipynb #d3d2492a
 def count_leaks(parts: Mapping, # part -> image ids
                 frame: pd.DataFrame # columns image_id, patient_id
                ) -> dict: # "train and test" -> dict(images=, patients=); empty when nothing leaks
     "Images and patients that are in two parts. Images without a patient count as patients of their own."
     from itertools import combinations
     images = as_ids(frame['image_id'])
-    patient = dict(zip(images, _patients(frame.assign(image_id=images), missing='image')))
+    patient = dict(zip(images.tolist(), _patients(frame.assign(image_id=images), missing='image').tolist()))
     who = {part: {patient.get(i, f'image:{i}') for i in ids} for part, ids in parts.items()}
     found = {f'{a} and {b}': dict(images=len(set(parts[a]) & set(parts[b])), patients=len(who[a] & who[b])) for a, b in combinations(parts, 2)}
     return {pair: n for pair, n in found.items() if n['images'] or n['patients']}
 
-# %% ../../nbs/data/12_splits.ipynb #c5b39e94
+# %% ../../nbs/data/12_splits.ipynb #55deb18f
 def make_scheme(name: str, # official, as_paper, as_mgca, fixed, ...
                 frame: pd.DataFrame, # columns image_id, patient_id
                 parts: Mapping | pd.Series, # part -> image ids, or the part of each row of `frame` (missing: in none)
@@ -236,7 +236,7 @@ def make_scheme(name: str, # official, as_paper, as_mgca, fixed, ...
     "Build a scheme and check it. Raises `G2DError` for unknown or doubled ids, and for a leak that was not announced."
     images = as_ids(frame['image_id'])
     if isinstance(parts, pd.Series): parts = {str(part): images[(parts == part).fillna(False).to_numpy(bool)].tolist() for part in parts.dropna().unique()}
-    parts, known = {part: sorted(as_ids(list(ids))) for part, ids in parts.items()}, set(images)
+    parts, known = {part: sorted(as_ids(list(ids)).tolist()) for part, ids in parts.items()}, set(images.tolist())
     for part, ids in parts.items():
         if unknown := [i for i in ids if i not in known]: raise G2DError(f'The part "{part}" of the split "{name}" lists {len(unknown)} images that the table does not have, e.g. {", ".join(unknown[:3])}.')
         if len(set(ids)) < len(ids): raise G2DError(f'The part "{part}" of the split "{name}" lists images twice.')
@@ -246,7 +246,7 @@ def make_scheme(name: str, # official, as_paper, as_mgca, fixed, ...
     if fractions is None and parts.get('train'):
         train = frame[images.isin(set(parts['train'])).to_numpy(bool)]
         fractions = {f'{f:g}': fraction_ids(train, f, seed) for f in (.01, .1)}
-    return Scheme(name, parts, source, leaks, {key: sorted(as_ids(list(ids))) for key, ids in (fractions or {}).items()})
+    return Scheme(name, parts, source, leaks, {key: sorted(as_ids(list(ids)).tolist()) for key, ids in (fractions or {}).items()})
 
 # %% ../../nbs/data/12_splits.ipynb #b7752379
 def seen_elsewhere(trained: Scheme, # weights were trained (and chosen) under this scheme
