@@ -6,7 +6,7 @@ import pytest
 root = Path(__file__).resolve().parents[1]
 # DESIGN 2 and 3: data <- models <- pseudo_mask, losses <- pretrain <- tasks <- runs <- results; a module may use its own room and those to the left
 rooms = ['settings files profiles threads', 'views', 'data', 'models', 'pseudo_mask losses', 'metrics validation checkpoint', 'pretrain', 'tasks', 'notebooks runs',
-         'results published', 'explorer demo', 'cli']
+         'results published compare', 'explorer demo', 'cli']
 rank = {name: i for i, names in enumerate(rooms) for name in names.split()}
 
 

@@ -125,18 +125,17 @@ def ms_schemes(items, table, folders):
         add('as_mimic', dict(zip(split.get('dicom_id', ()), split.get('split', ()))), 'the part of MIMIC-CXR in which the film lies: train means that pre-training on the official split has seen it')
     return schemes
 
-# %% ../../../nbs/data/sets/11_ms_cxr.ipynb #8a2de85e
+# %% ../../../nbs/data/sets/11_ms_cxr.ipynb #d15f9f8a
 def phrases(store, # of MS-CXR
             row: int
            ) -> list: # (phrase, finding, bool [H, W])
     "The phrases of a film, each with the union of its boxes."
-    from g2d.validation import findings_with_words
     extra = store.index['extra'].iloc[row]
     prompts = (json.loads(extra) if isinstance(extra, str) else {}).get('prompts') or []
     found = {}
-    for (prompt, inside), box in zip(findings_with_words(store, row), store.boxes(row)):
-        key = (prompt, box['label'])
-        found[key] = found[key] | inside if key in found else inside
+    for prompt, box in zip(prompts, store.boxes(row)):
+        inside = found.setdefault((prompt, box['label']), np.zeros(store.size, bool))
+        inside[max(int(box['y']), 0):int(np.ceil(box['y'] + box['h'])), max(int(box['x']), 0):int(np.ceil(box['x'] + box['w']))] = True
     if len(prompts) != len(store.boxes(row)): raise G2DError(f'Film {store.index["image_id"].iloc[row]} has {len(store.boxes(row))} boxes and {len(prompts)} phrases; was it cropped when the store was made?')
     return [(prompt, label, inside) for (prompt, label), inside in found.items()]
 
