@@ -11,7 +11,7 @@ from pathlib import Path
 from .settings import G2DError
 from .files import atomic_path, read_json
 
-# %% ../nbs/81_demo.ipynb #0e3fa348
+# %% ../nbs/81_demo.ipynb #4b30ae3e
 def demo_runs(images: int = 2000, # phantoms for training
               real: bool = True,  # also the real pairs, if settings.data_root is set
               quick: bool = False # a few seconds only: for tests
@@ -23,7 +23,7 @@ def demo_runs(images: int = 2000, # phantoms for training
     runs = [('Pre-training on phantoms', 'pretrain', lambda done: dict(store='phantoms', train_images=images, test_images=test, profile_name='demo', overrides=small)),
             ('Pseudo-masks of held-out phantoms', 'pseudo_mask_gallery', lambda done: dict(store=_store(done), checkpoint=checkpoint('Pre-training on phantoms')(done), films=8)),
             ('Segmentation with 1 % of the masks', 'segmentation', lambda done: dict(store=_store(done), checkpoint=checkpoint('Pre-training on phantoms')(done),
-                                                                                  fraction=.3 if quick else .01, steps=3 if quick else 40, seeds=1, limit=40 if quick else 150))]
+                                                                                  fraction=.3 if quick else .01, freeze='no', steps=3 if quick else 40, seeds=1, limit=40 if quick else 150))]
     if real:
         more = small or dict(epochs=8, global_only_steps=12, batch_size=32)
         runs += [('Pre-training on real films', 'pretrain', lambda done: dict(store='real', profile_name='demo', overrides=more)),
@@ -47,11 +47,12 @@ def _table(rows, head):
     body = ''.join('<tr>' + ''.join(f'<td>{cell(v)}</td>' for v in row) + '</tr>' for row in rows)
     return '<table><tr>' + ''.join(f'<th>{html.escape(h)}</th>' for h in head) + f'</tr>{body}</table>'
 
-# %% ../nbs/81_demo.ipynb #768eea8e
+# %% ../nbs/81_demo.ipynb #7f89ae9f
 _FIGURES = {'image_to_text_R@1': 'image to text, R@1', 'image_to_text_R@5': 'image to text, R@5', 'chance_R@1': 'chance, R@1', 'times_chance': 'R@1 as a multiple of chance', 'distinct_texts': 'distinct texts',
             'pointing_attention': 'pointing game, attention', 'pointing_similarity': 'pointing game, similarity of the report', 'pointing_named': 'pointing game, one sentence for one finding',
             'mask_agreement': 'IoU of masks of different films (near 1 = a stencil)', 'iou_pseudo': 'IoU pseudo-mask and finding', 'iou_predicted': 'IoU prediction and finding',
             'first_loss': 'loss, first ten steps', 'last_loss': 'loss, last ten steps', 'minutes': 'minutes', 'dice': 'Dice'}
+_LONG = ('results.csv', 'seeds.csv') # a row a seed and metric: for programs, not for the page
 
 def _section(title, folder):
     "Heading, figures and pictures of one run."
@@ -61,7 +62,7 @@ def _section(title, folder):
     if 'start_image' in metrics: parts.append(f'<p class="note">Encoders started from: image {html.escape(metrics["start_image"])}; text {html.escape(metrics["start_text"])}.</p>')
     shown = [(label, metrics[key], metrics.get('untrained_' + key)) for key, label in _FIGURES.items() if key in metrics]
     if shown: parts.append(_table(shown, ['figure', 'trained', 'untrained']))
-    for table in sorted(folder.glob('*.csv')):
+    for table in sorted(t for t in folder.glob('*.csv') if t.name not in _LONG):
         with open(table, newline='') as file: rows = list(csv.reader(file))
         parts.append(_table([[_number(v) for v in row] for row in rows[1:]], rows[0]))
     pictures = [p for p in sorted((folder/'figures').glob('*.png')) if p.stem != 'overview'] + ([folder/'training'/'losses.png'] if (folder/'training'/'losses.png').exists() else [])

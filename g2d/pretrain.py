@@ -109,14 +109,15 @@ def _fingerprints(self: Pretrainer):
     if self.profile.train_split != 'all': index = index[(index['split'] == self.profile.train_split).fillna(False)]
     return torch.from_numpy(fingerprints(index, self.store.manifest.get('source', '')))
 
-# %% ../nbs/41_pretrain.ipynb #1e5bb12d
+# %% ../nbs/41_pretrain.ipynb #17b637aa
 @patch
 def _warm_text_cache(self: Pretrainer):
     "Fill the text cache in a fixed order."
     if self.profile.frozen_layers != 'all': return
     self.net.to(self.device)
     texts = sorted(set(self.pairs.index['text'].dropna()))
-    self.net.text_encoder.warm_cache(texts)
+    from g2d.settings import settings
+    self.net.text_encoder.warm_cache(texts, folder=Path(settings.output_root)/'text_features')
 
 # %% ../nbs/41_pretrain.ipynb #4e8f0a59
 @patch

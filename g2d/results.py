@@ -147,7 +147,7 @@ def _link(path, base):
     from urllib.parse import quote
     return html.escape(quote(str(Path(path).relative_to(base).as_posix())))
 
-# %% ../nbs/61_results.ipynb #15d46bf9
+# %% ../nbs/61_results.ipynb #8b6d00f9
 def _section(folder, base, most=60):
     "One run of the page."
     failed = read_json(folder/'failed.json') if (folder/'failed.json').exists() else None
@@ -166,6 +166,14 @@ def _section(folder, base, most=60):
         parts.append(f'<figure><a href="{_link(picture, base)}"><img loading="lazy" alt="{html.escape(f"{folder.parent.name}: {name}")}" src="{_link(picture, base)}"></a><figcaption>{html.escape(name)}</figcaption></figure>')
     return '\n'.join(parts) + '</section>'
 
+def _head(table, kinds):
+    "Title, filters and the table of means."
+    return ['<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>g2d results</title>', f'<style>{_STYLE}</style></head><body><h1>g2d results</h1>',
+             '<form onsubmit="return false"><label>Words <input id="words" type="search" placeholder="random fraction=0.01"></label> <label>Experiment <select id="kind"><option value="">all</option>',
+             *(f'<option>{html.escape(k)}</option>' for k in kinds), '</select></label> <span id="shown" role="status"></span></form>',
+             f'<details><summary>Means over seeds ({len(table)} rows)</summary>{_html_table(table.drop(columns=["low", "high"]).head(2000).to_numpy(dtype=object).tolist(), [c for c in table if c not in ("low", "high")])}</details>']
+
+# %% ../nbs/61_results.ipynb #7bd940d5
 def write_page(root: str | Path | None = None, # the output folder
                path: str | Path | None = None, # ROOT/results.html if None; must lie in the output folder, whose pictures it shows
                filters: list = (), # only runs with a number that passes them
@@ -183,14 +191,11 @@ def write_page(root: str | Path | None = None, # the output folder
     if notebooks: _notebooks_as_html([f for f in folders if (f/'run.ipynb').exists()])
     table = over_seeds(frame)
     kinds = sorted({f.parent.name for f in folders})
-    parts = ['<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>g2d results</title>', f'<style>{_STYLE}</style></head><body><h1>g2d results</h1>',
-             '<form onsubmit="return false"><label>Words <input id="words" type="search" placeholder="random fraction=0.01"></label> <label>Experiment <select id="kind"><option value="">all</option>',
-             *(f'<option>{html.escape(k)}</option>' for k in kinds), '</select></label> <span id="shown" role="status"></span></form>',
-             f'<details><summary>Means over seeds ({len(table)} rows)</summary>{_html_table(table.drop(columns=["low", "high"]).head(2000).to_numpy(dtype=object).tolist(), [c for c in table if c not in ("low", "high")])}</details>']
-    parts += [_section(folder, path.parent.resolve() if folder.is_absolute() else path.parent) for folder in tqdm([f.resolve() for f in folders], desc='page', delay=2, mininterval=1)]
+    parts = [*_head(table, kinds), *(_section(f, path.parent.resolve()) for f in tqdm([f.resolve() for f in folders], desc='page', delay=2, mininterval=1))]
     with atomic_path(path) as temporary: temporary.write_text('\n'.join(parts) + f'<script>{_SCRIPT}</script></body></html>\n', encoding='utf-8')
     return path
 
+# %% ../nbs/61_results.ipynb #d3061aca
 def _notebooks_as_html(folders):
     "run.html beside run.ipynb, for those that have none or an older one."
     import nbformat

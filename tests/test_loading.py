@@ -15,7 +15,7 @@ from g2d.data.loading import (Augment, PairLoader, RECIPES, _between, affine_mat
 from g2d.data.store import StoreWriter, RadiographStore
 from g2d.settings import G2DError
 
-NAMES = ('as_paper', 'as_released', 'recommended')
+NAMES = ('as_paper', 'as_released', 'recommended', 'mgca_seg', 'mgca_cls')
 
 
 # ---------------------------------------------------------------- input
@@ -324,7 +324,23 @@ def test_resize_and_crop_equal_torchvision(shape):
 
 def test_stored_size_equal_to_the_output_is_left_alone():
     images = smooth_images(3, 128)
-    for name in ('none', *NAMES): torch.testing.assert_close(Augment(name, 128)(images, 0, train=False)[0], images/255, atol=1e-6, rtol=0)
+    for name in ('none', *NAMES[:-1]): torch.testing.assert_close(Augment(name, 128)(images, 0, train=False)[0], images/255, atol=1e-6, rtol=0)
+
+def test_mgcas_crop_always_has_a_margin_and_tests_cut_the_centre():
+    "128 stored and 112 or 128 wanted: 128 or 146 after resizing; the random crop moves over the whole margin and keeps the scale."
+    recipe, u = RECIPES['mgca_cls'], draw(500, step=0)
+    assert frame_of((128, 128), 112, recipe, train=False) == ((128, 128), (8, 8, 112, 112)) and frame_of((128, 128), 128, recipe)[0] == (146, 146)
+    matrices = geometry(recipe, u, (128, 128), 112)
+    np.testing.assert_allclose(matrices[:, 0, 0], 1, atol=1e-9)
+    assert matrices[:, 0, 2].min() < 1 and 15 < matrices[:, 0, 2].max() <= 16
+
+def test_mgcas_segmentation_recipe_moves_half_of_the_films():
+    matrices = geometry(RECIPES['mgca_seg'], draw(4000, step=0), (128, 128), 128)
+    still = np.abs(matrices - np.eye(3)).max((1, 2)) < 1e-9
+    assert .47 < still.mean() < .53
+    np.testing.assert_allclose((matrices @ [64, 64, 1])[:, :2], 64, atol=1e-9)           # no shift: the centre stays
+    scale = np.sqrt(np.linalg.det(matrices[~still][:, :2, :2]))
+    assert 1/1.1 - 1e-6 <= scale.min() < .93 and 1.08 < scale.max() <= 1/.9 + 1e-6
 
 def test_a_stored_size_that_happens_to_equal_the_crop_is_still_resized():
     "224 stored and 196 wanted: resize to 224, cut 196; 224 stored and 224 wanted: as it is."
@@ -451,7 +467,7 @@ def test_draws_fill_their_ranges():
     "Every random thing happens, and about as often as the recipe says."
     u = draw(4000, step=0)
     assert all(abs(v.mean() - .5) < .03 and v.min() < .01 and v.max() > .99 for v in u.values())
-    assert len(u) == 25 and np.abs(np.corrcoef(list(u.values())) - np.eye(25)).max() < 0.08
+    assert len(u) == 26 and np.abs(np.corrcoef(list(u.values())) - np.eye(26)).max() < 0.08
 
 def test_mistakes_in_a_batch_are_one_sentence():
     x, m = smooth_images(2), torch.zeros(2, 1, 96, 96, dtype=torch.bool)

@@ -593,3 +593,24 @@ def test_packaged_weights_know_imagenet():
     features = dict(whole.named_modules())['blocks'](whole.bn1(whole.conv_stem(image)))
     torch.testing.assert_close(encoder(image)[-1], features, atol=1e-4, rtol=1e-4)
     with pytest.raises(G2DError, match='No package carries weights of resnet18'): ImageEncoder('resnet18', 'offline')
+
+
+def test_text_features_are_kept_in_a_file(tmp_path):
+    "The second encoder reads what the first computed; other weights or texts make another file; a broken file is written again."
+    import torch
+    from g2d.models.text_encoder import TextEncoder
+    texts = [f'finding {k} of the left lung' for k in range(9)]
+    first = TextEncoder('tiny', 'all')
+    first.warm_cache(texts, folder=tmp_path)
+    path, = tmp_path.glob('*.safetensors')
+    again = TextEncoder('tiny', 'all'); again.load_state_dict(first.state_dict())
+    again._encode = None # computing is an error
+    again.warm_cache(texts, folder=tmp_path)
+    assert all(torch.equal(first._cache[t], again._cache[t]) for t in texts)
+    other = TextEncoder('tiny', 'all')
+    with torch.no_grad(): next(other.parameters()).add_(.1)
+    other.warm_cache(texts, folder=tmp_path); first.warm_cache(texts[:3], folder=tmp_path)
+    assert len(list(tmp_path.glob('*.safetensors'))) == 3
+    path.write_bytes(path.read_bytes()[:40])
+    first.warm_cache(texts, folder=tmp_path)
+    again.warm_cache(texts, folder=tmp_path)

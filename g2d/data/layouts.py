@@ -87,7 +87,7 @@ def write_dicom(path: str | Path, image: np.ndarray, # uint8 [height, width], hi
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     data.save_as(path, enforce_file_format=True)
 
-# %% ../../nbs/data/18_layouts.ipynb #d57a4a60
+# %% ../../nbs/data/18_layouts.ipynb #6cdcadd2
 def write_image(path: str | Path, image: np.ndarray, # uint8 [height, width]
                 bits: int = 8, # 16: stored as 16-bit PNG, as PadChest does
                 rgb: bool = False, # three equal channels
@@ -115,6 +115,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(gzip.compress(data, mtime=0) if Path(path).suffix == '.gz' else data)
 
+# %% ../../nbs/data/18_layouts.ipynb #b0aba67f
 def write_zip(path: str | Path, files: dict # name -> bytes
              ) -> None:
     "Write a zip archive without time stamps."

@@ -189,7 +189,7 @@ def _shuffled(text, seed, epoch, row):
     parts = sentences(text)
     return ' '.join(parts[i] for i in _generator('sentences', seed, epoch, row).permutation(len(parts)))
 
-# %% ../../nbs/data/14_loading.ipynb #b50dc440
+# %% ../../nbs/data/14_loading.ipynb #c226a7b3
 @dataclass(frozen=True)
 class Recipe:
     "Ranges of one augmentation. Probabilities in [0, 1], angles in degrees, lengths as a share of the side."
@@ -210,6 +210,8 @@ class Recipe:
     autocontrast: float = 0.0       # probability
     blur: float = 0.0               # probability
     sigma: tuple = (0.3, 1.0)       # of the blur, in pixels of the output
+    moved: float = 1.0              # probability that rotation, shear, shift and scale happen at all
+    centre: bool = False            # with `area`: resize always, and cut the centre where nothing is random
 
 # %% ../../nbs/data/14_loading.ipynb #d10312b9
 RECIPES = dict(
@@ -221,11 +223,16 @@ RECIPES = dict(
     recommended=Recipe('ours: gentle, never mirrored', resize=256/224, rotate=7, shift=0.04, scale=(0.95, 1.05), area=(0.8, 1.0), aspect=(0.95, 1.05),
                        brightness=0.15, contrast=0.15, gamma=(0.8, 1.25), blur=0.2))
 
-# %% ../../nbs/data/14_loading.ipynb #d7aecbe5
+# %% ../../nbs/data/14_loading.ipynb #6284cb82
+RECIPES |= dict(
+    mgca_seg=Recipe('HKU-MedAI/MGCA, segmentation: ShiftScaleRotate(shift_limit=0, scale_limit=.1, rotate_limit=10, p=.5), black border', rotate=10, scale=(0.9, 1.1), moved=0.5),
+    mgca_cls=Recipe('HKU-MedAI/MGCA, linear classification: resize 256, random crop 224; the centre in tests', resize=256/224, area=((224/256)**2,)*2, centre=True))
+
+# %% ../../nbs/data/14_loading.ipynb #30d60236
 # Add new names at the end only: another order would change the draws of every earlier run.
 _columns = ('angle shear shift_x shift_y scale area aspect crop_x crop_y perspective '
             'left_0 top_0 right_1 top_1 right_2 bottom_2 left_3 bottom_3 '
-            'brightness contrast contrast_first gamma autocontrast blur sigma').split()
+            'brightness contrast contrast_first gamma autocontrast blur sigma moved').split()
 
 def draw(n: int, # images in the batch
          step: int, # of the whole training, so that no epoch repeats another
@@ -275,7 +282,7 @@ def moved_corners(u: dict, frame, distortion: float) -> np.ndarray: # float64 [n
     top, bottom = lambda i: np.floor(u[f'top_{i}']*reach_y), lambda i: h - reach_y + np.floor(u[f'bottom_{i}']*reach_y)
     return np.stack([np.stack(p, -1) for p in [(left(0), top(0)), (right(1), top(1)), (right(2), bottom(2)), (left(3), bottom(3))]], 1)
 
-# %% ../../nbs/data/14_loading.ipynb #3be2e066
+# %% ../../nbs/data/14_loading.ipynb #37d03b08
 def geometry(recipe: Recipe,
              u: dict, # from `draw`
              frame, # (height, width) of the image that is read, in pixels
@@ -285,6 +292,7 @@ def geometry(recipe: Recipe,
     (h, w), sym = frame, lambda name, limit: _between(u[name], -limit, limit)
     shift = np.stack([sym('shift_x', recipe.shift*w), sym('shift_y', recipe.shift*h)], -1)
     matrices = affine_matrices(sym('angle', recipe.rotate), sym('shear', recipe.shear), _between(u['scale'], *recipe.scale), shift, frame)
+    if recipe.moved < 1: matrices = np.where((u['moved'] < recipe.moved)[:, None, None], matrices, np.eye(3))
     if recipe.perspective:
         warped = perspective_matrices(moved_corners(u, frame, recipe.distortion), frame)
         matrices = matrices @ np.where((u['perspective'] < recipe.perspective)[:, None, None], warped, np.eye(3))
@@ -312,7 +320,7 @@ def sampling_grid(matrices: np.ndarray, # float64 [n, 3, 3], output pixels -> pi
     if (m[:, 2, :2] != 0).any(): planes *= (row[:, 2:, None, :] + column[:, 2:, :, None]).reciprocal_()
     return planes.permute(0, 2, 3, 1)
 
-# %% ../../nbs/data/14_loading.ipynb #7579f854
+# %% ../../nbs/data/14_loading.ipynb #68842060
 def frame_of(shape, # (height, width) of the stored image
              size: int, # side of the output
              recipe: Recipe,
@@ -321,7 +329,8 @@ def frame_of(shape, # (height, width) of the stored image
     "The part of a recipe that is not random."
     (h, w), short = shape, min(shape)
     whole = recipe.area is not None
-    target = size if short == size or (whole and not train) else round(size*recipe.resize)
+    as_it_is = short == size or (whole and not train)
+    target = size if as_it_is and not recipe.centre else round(size*recipe.resize)
     resized = (int(h*target/short), int(w*target/short))
     if whole and train: return resized, (0, 0, *resized)
     return resized, (round((resized[0] - size)/2), round((resized[1] - size)/2), size, size)
@@ -398,10 +407,10 @@ def _put(out, part, x):
     if isinstance(part, slice): out[part] = x
     else: out.index_copy_(0, torch.as_tensor(part, device=x.device), x)
 
-# %% ../../nbs/data/14_loading.ipynb #25a1c241
+# %% ../../nbs/data/14_loading.ipynb #b0fc49b4
 class Augment:
     "A named augmentation: uint8 or float images [B, 1, H, W] -> float32 [B, 1, size, size] in [0, 1], and masks with them."
-    def __init__(self, name: str = 'recommended', # as_paper, as_released, recommended or none
+    def __init__(self, name: str = 'recommended', # a name of RECIPES
                  size: int = 224, # side of the output in pixels
                  seed: int = 0,
                  rank: int = 0 # of this process, so that ranks draw different numbers

@@ -206,15 +206,36 @@ def _encode(self: TextEncoder, texts, batch_size, progress=False):
             bar.update(len(part))
     return features
 
-# %% ../../nbs/models/21_text_encoder.ipynb #7457cee9
+# %% ../../nbs/models/21_text_encoder.ipynb #af574383
 @patch
 def warm_cache(self: TextEncoder, texts: list[str], # all texts of a data set, repetitions allowed
                batch_size: int = 64, # texts encoded together
-               progress: bool = True # text bar on stderr
+               progress: bool = True, # text bar on stderr
+               folder: str | Path | None = None # keep the features in a file here, for the next run with the same texts and weights
               ) -> None:
     "Refill the cache with the distinct `texts`, at most `cache_size` of them. Raises `G2DError` if anything is trainable."
     distinct = sorted(set(check_texts(texts)))[:self.cache_size]
+    path = None if folder is None else Path(folder)/f'{self._features_key(distinct, batch_size)}.safetensors'
+    if path is not None and path.is_file():
+        from safetensors.torch import load_file
+        try: features = load_file(path)['features']
+        except Exception: features = None # cut short: written again below
+        if features is not None and len(features) == len(distinct): self._cache = OrderedDict(zip(distinct, features)); return
     self._cache = OrderedDict(self._encode(distinct, batch_size, progress and len(distinct) > 200))
+    if path is None or not distinct: return
+    from safetensors.torch import save_file
+    from g2d.files import atomic_path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary: save_file(dict(features=torch.stack([self._cache[text].cpu() for text in distinct]).contiguous()), temporary)
+
+@patch
+def _features_key(self: TextEncoder, texts, batch_size):
+    "Hash of everything that the features depend on, to the last bit: weights, texts, batches, length, pooling."
+    import hashlib
+    digest = hashlib.sha256(repr((self.name, self.pool, self.max_tokens, batch_size, str(self.device), torch.__version__)).encode())
+    for name, value in sorted(self.state_dict().items()): digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    for text in texts: digest.update(text.encode() + b'\0')
+    return digest.hexdigest()[:24]
 
 # %% ../../nbs/models/21_text_encoder.ipynb #579cd409
 @patch

@@ -85,12 +85,12 @@ def _training(task, lr, weight_decay, batch_size, epochs, freeze, augment, monit
     row('freeze', 'no, weights (BatchNorm statistics still move) or all', freeze)
     for setting, given in more.items(): row(setting, given['doc'], {name: value for name, value in given.items() if name != 'doc'})
 
-# %% ../../nbs/tasks/50_protocols.ipynb #1fd5496a
+# %% ../../nbs/tasks/50_protocols.ipynb #fcce899d
 _training('segmentation', lr=dict(as_paper=(2e-4, 'paper'), as_mgca=(5e-4, "MGCA's shell script; its argparse default is 2e-4"), as_medklip=(1e-5, 'MedKLIP code'), demo=(1e-3, 'ours: few steps')),
     weight_decay=dict(as_paper=(.05, 'paper'), as_medklip=(.02, 'MedKLIP code')), batch_size=dict(as_paper=(16, 'paper: RSNA'), as_medklip=(64, 'MedKLIP code')),
     epochs=dict(as_paper=(50, 'paper'), as_medklip=(1000, 'MedKLIP code: at most')), freeze=dict(as_paper=('all', 'paper: "frozen"; what BatchNorm does is not said'),
         as_mgca=('weights', 'MGCA code: requires_grad only, BatchNorm in train mode'), as_medklip=('no', 'MedKLIP code'), fixed=('all', 'ours: frozen means frozen')),
-    augment=dict(as_paper=('none', 'ours (not in the paper)'), as_mgca=('mgca_seg', 'MGCA code: ShiftScaleRotate(scale .1, rotate 10, p .5)'), fixed=('recommended', 'ours'), demo=('recommended', 'ours')),
+    augment=dict(as_paper=('none', 'ours (not in the paper)'), as_mgca=('mgca_seg', 'MGCA code: ShiftScaleRotate(shift 0, scale .1, rotate 10, p .5)'), fixed=('recommended', 'ours'), demo=('recommended', 'ours')),
     monitor=('val_loss', 'MGCA code'),
     loss=dict(doc='focal_log_dice, dice_bce or bce', as_paper=('focal_log_dice', 'as MGCA code: 10 focal(gamma 2) - log(soft Dice)'), as_medklip=('dice_bce', 'MedKLIP code'), fixed=('dice_bce', 'ours: as the pre-training'), demo=('dice_bce', 'ours')),
     balance=dict(doc='as many negatives as positives in training', as_paper=(False, 'ours (not in the paper)'), as_mgca=(False, 'MGCA code: only for SIIM'), fixed=(False, 'ours')),
@@ -99,7 +99,7 @@ _rule('segmentation', 'as_paper', 'batch_size', 8, 'paper', dataset='siim')
 _rule('segmentation', 'as_mgca', 'batch_size', 8, 'MGCA code', dataset='siim')
 _rule('segmentation', 'as_mgca', 'balance', True, 'MGCA code: all positives and as many random negatives', dataset='siim')
 
-# %% ../../nbs/tasks/50_protocols.ipynb #b53fd379
+# %% ../../nbs/tasks/50_protocols.ipynb #45fc0dff
 _training('detection', lr=dict(as_paper=(5e-4, 'paper: 10 and 100 %'), demo=(2e-3, 'ours: few steps')), weight_decay=(1e-6, 'paper'), batch_size=(16, 'paper: 10 and 100 %'), epochs=(50, 'paper'),
     freeze=dict(as_paper=('all', 'paper: frozen'), as_mgca=('weights', 'MGCA code: BatchNorm in train mode'), fixed=('all', 'ours: frozen means frozen')),
     augment=dict(as_paper=('none', 'MGCA code: built but not used'), demo=('recommended', 'ours: few films')), monitor=('val_map', 'MGCA code'),
@@ -108,30 +108,39 @@ _training('detection', lr=dict(as_paper=(5e-4, 'paper: 10 and 100 %'), demo=(2e-
     nms=dict(doc='overlap at which the weaker box is dropped', as_paper=(.5, 'paper')),
     ious=dict(doc='thresholds of mAP', as_paper=((.4, .45, .5, .55, .6, .65, .7, .75), 'paper')),
     images=dict(doc='films that count: all, or mgca (those with truth and with a prediction)', as_paper=('mgca', 'as MGCA code, which the paper follows'), fixed=('all', 'ours')),
-    max_boxes=dict(doc='boxes kept of a film', as_paper=(10, 'MGCA code: RSNA'), fixed=(100, 'COCO')))
+    assign=dict(doc='slots that learn a true box (yolov3): best (one, of all nine anchors) or mgca (one on each scale, and its loss)', as_paper=('mgca', 'MGCA code, which the paper follows'), fixed=('best', 'YOLOv3')),
+    ignore_iou=dict(doc='overlap with a true box from which a slot is not punished (yolov3)', as_paper=(.5, 'YOLOv3 and MGCA code')),
+    width=dict(doc='channels of the head, 1 = as published', as_paper=(1., 'MGCA code'), demo=(.25, 'ours: two CPU cores')),
+    max_boxes=dict(doc="boxes kept of a film and class (MGCA's 10 and 20 are room for true boxes, not a cut)", as_paper=(100, 'torchmetrics in MGCA code; COCO')))
 for _name in ('as_paper', 'as_mgca', 'fixed'):
     _rule('detection', _name, 'batch_size', 8, 'paper', fraction=.01); _rule('detection', _name, 'lr', 2e-4, 'paper', fraction=.01)
 _rule('detection', 'as_mgca', 'lr', 2.5e-4, "MGCA's shell script", dataset='object_cxr', fraction=.01)
-for _name in ('as_paper', 'as_mgca'): _rule('detection', _name, 'max_boxes', 20, 'MGCA code', dataset='object_cxr')
 
-# %% ../../nbs/tasks/50_protocols.ipynb #b9d3976a
+# %% ../../nbs/tasks/50_protocols.ipynb #58739491
 _cuts = dict(doc='thresholds of F1 and accuracy: validation, test (optimistic, labelled as such) or a number', as_paper=('test', "MedKLIP's script, which the paper's test sets follow"), as_mgca=(.5, 'MGCA reports no F1'), fixed=('validation', 'ours'))
+_label_rows = dict(positive_weight=dict(doc='none, or balanced: negatives per positive of each class', as_paper=('none', 'MGCA code')),
+    uncertain=dict(doc='labels that readers left open: stored (as the preparation decided) or mask (left out of loss and metrics)', as_paper=('stored', 'MGCA code decides in preparation')))
 _training('linear', lr=dict(as_paper=(5e-4, 'paper'), demo=(1e-2, 'ours: cached features')), weight_decay=(1e-6, 'paper'),
     batch_size=dict(as_paper=(8, 'paper'), as_mgca=(48, 'MGCA code'), fixed=(48, 'as MGCA code'), demo=(64, 'ours')), epochs=(50, 'paper'), freeze=('all', 'paper and MGCA code: eval mode'),
     augment=dict(as_paper=('none', 'ours (not in the paper)'), as_mgca=('mgca_cls', 'MGCA code: random crop; MoCo-v2 style for CheXpert'), fixed=('none', 'ours: features are computed once')),
-    monitor=('val_loss', 'MGCA code'), pool=dict(doc='mean of the last map, or attention (the pool of the pre-training)', as_paper=('mean', 'MGCA code')), threshold=_cuts)
+    monitor=('val_loss', 'MGCA code'), pool=dict(doc='mean of the last map, or attention (the pool of the pre-training)', as_paper=('mean', 'MGCA code')), threshold=_cuts,
+    solver=dict(doc='adamw (all rows above), or lbfgs: logistic regression, C chosen on validation', as_paper=('adamw', 'paper')),
+    standardise=dict(doc='features to mean 0 and standard deviation 1 of the training films, and a layer that begins with the share of positives', as_paper=(False, 'MGCA code'), fixed=(True, 'ours: the scale of a start\'s features is not its merit')), **_label_rows)
 _training('finetune', lr=dict(as_paper=(1e-4, 'paper: CXR14'), as_medklip=(1e-5, 'MedKLIP code'), demo=(1e-3, 'ours: few steps')), weight_decay=dict(as_paper=(.01, 'ours (not in the paper): torch default'), as_medklip=(.02, 'MedKLIP code')),
     batch_size=(64, 'paper'), epochs=dict(as_paper=(50, 'paper'), as_medklip=(1000, 'MedKLIP code: at most')), freeze=('no', 'paper: all parameters'),
     augment=dict(as_paper=('recommended', 'ours: the paper says "as KAD", which is not restated'), fixed=('recommended', 'ours')), monitor=('val_loss', 'ours (not in the paper)'),
-    size=dict(as_paper=(256, 'paper'), demo=(None, 'the crop of the profile')), pool=dict(doc='mean or attention', as_paper=('mean', 'ours (not in the paper)')), threshold=_cuts)
+    size=dict(as_paper=(256, 'paper'), demo=(None, 'the crop of the profile')), pool=dict(doc='mean or attention', as_paper=('mean', 'ours (not in the paper)')), threshold=_cuts, **_label_rows)
 
-# %% ../../nbs/tasks/50_protocols.ipynb #d639b6b8
+# %% ../../nbs/tasks/50_protocols.ipynb #aba82116
 _row('zero_shot', 'scheme', 'split of the store', ('as_paper', 'paper table 6'), as_mgca=('as_mgca', 'MGCA code'), fixed=('fixed', 'ours'), demo=('column', 'phantoms have one split'))
 _row('zero_shot', 'prompts', 'prompt set of g2d.tasks.zero_shot', ('pair', 'README of CheXzero, which the paper names: "X" / "no X"'), fixed=('pair', 'as the paper'), demo=('own', 'sentences in the style of the reports'))
 _row('zero_shot', 'ensemble', 'mean of embeddings, mean or max of similarities over the prompts of a class', ('embedding', 'ours (not in the paper)'))
 _row('zero_shot', 'score', 'softmax (positive against negative), difference, or cosine', ('softmax', 'CheXzero'))
 _row('zero_shot', 'temperature', 'of that softmax', (1.0, 'CheXzero code: cosines as they are'))
 _row('zero_shot', 'threshold', 'of F1, ACC and MCC: validation, or test (optimistic)', ('test', "MedKLIP's script"), fixed=('validation', 'ours'))
+_row('zero_shot', 'cut_by', 'what that threshold maximises: f1 or mcc', ('f1', "MedKLIP's script; KAD maximises MCC"))
+_row('zero_shot', 'names', 'words for the labels, a mapping of g2d.tasks.zero_shot', ('plain', 'ours (not in the paper)'), as_medklip=('medklip', 'MedKLIP code'))
+_row('zero_shot', 'sample', 'prompts drawn for each class, 0 = all', (0, 'ours (not in the paper); GLoRIA draws 5'))
 _row('grounding', 'scheme', 'split of the store', ('as_paper', 'paper table 6'), as_mgca=('as_mgca', 'MGCA code'), fixed=('fixed', 'ours'), demo=('column', 'phantoms have one split'))
 _row('grounding', 'map', 'patches (cosine with every position) or attention', ('patches', 'paper: as BioViL'), as_medklip=('attention', 'MedKLIP: cross-attention'))
 _row('grounding', 'blur', 'sigma of a Gaussian over the map in cells', (0., 'ours (not in the paper)'), fixed=(1.5, 'hi-ml (BioViL)'), demo=(0., 'ours: 8 x 8 cells'))
@@ -142,4 +151,7 @@ _row('grounding', 'positives_only', 'films without the finding are left out', (T
 _row('retrieval', 'scheme', 'split of the store', ('as_paper', 'the paper has no retrieval'), fixed=('fixed', 'ours'), demo=('column', 'phantoms have one split'))
 _row('retrieval', 'merge_same_text', 'equal texts are one text', (True, 'CXR-CLIP'))
 _row('retrieval', 'ks', 'cut-offs of recall', ((1, 5, 10), 'CXR-CLIP'))
-_row('retrieval', 'precision_ks', 'cut-offs of precision by class', ((5, 10, 100), 'GLoRIA'))
+_row('retrieval', 'precision_ks', 'cut-offs of precision by class', ((1, 5, 10, 100), 'GLoRIA 5, 10, 100; 8x200 also 1'))
+_row('retrieval', 'hit_ks', 'cut-offs of Hit@K by class', ((1, 5, 10), 'BenchX: 1'))
+_row('retrieval', 'per_class', 'films a class, each with this one label alone', (200, 'GLoRIA: CheXpert 5x200'))
+_row('retrieval', 'queries', 'prompt set of the text queries for a class', ('own', 'ours: the queries of ConVIRT are private'))

@@ -176,7 +176,7 @@ class _Loop:
         if self.p.schedule == 'onecycle': return self.p.lr*(.04 + .96*.5*(1 - np.cos(np.pi*t/.3))) if t < .3 else self.p.lr*.5*(1 + np.cos(np.pi*(t - .3)/.7))
         raise G2DError(f'The schedule "{self.p.schedule}" is not known; expected none, cosine or onecycle.')
 
-# %% ../../nbs/tasks/49_training.ipynb #d1b4dea4
+# %% ../../nbs/tasks/49_training.ipynb #287db567
 from fastcore.basics import patch
 
 @patch
@@ -218,6 +218,7 @@ def _epoch(self: _Loop, bar):
         losses.append(loss.detach()); self.step += 1; bar.update()
     return float(torch.stack(losses).mean()) if losses else float('nan')
 
+# %% ../../nbs/tasks/49_training.ipynb #5445052b
 @patch
 def _validate(self: _Loop, train_loss):
     self.net.eval()
@@ -231,7 +232,7 @@ def _validate(self: _Loop, train_loss):
 @patch
 def _patience_is_over(self: _Loop, every): return self.best_epoch >= 0 and self.epoch - self.best_epoch >= self.p.patience*every
 
-# %% ../../nbs/tasks/49_training.ipynb #97c41900
+# %% ../../nbs/tasks/49_training.ipynb #ed4444aa
 @patch
 def _save(self: _Loop):
     "Everything that continues this training, in one file."
@@ -247,6 +248,7 @@ def _save(self: _Loop):
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in named.items()}, temporary, metadata=dict(g2d_task=json.dumps(about)))
     self.saved = time.time()
 
+# %% ../../nbs/tasks/49_training.ipynb #1bdb9981
 @patch
 def _key(self: _Loop):
     "What must be the same for a training to be continued."
