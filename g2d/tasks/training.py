@@ -176,7 +176,7 @@ class _Loop:
         if self.p.schedule == 'onecycle': return self.p.lr*(.04 + .96*.5*(1 - np.cos(np.pi*t/.3))) if t < .3 else self.p.lr*.5*(1 + np.cos(np.pi*(t - .3)/.7))
         raise G2DError(f'The schedule "{self.p.schedule}" is not known; expected none, cosine or onecycle.')
 
-# %% ../../nbs/tasks/49_training.ipynb #287db567
+# %% ../../nbs/tasks/49_training.ipynb #018bb5ce
 from fastcore.basics import patch
 
 @patch
@@ -198,6 +198,7 @@ def run(self: _Loop) -> Fitted:
     self.net.eval()
     return Fitted(self.log, self.best_epoch, self.sign*self.best, self.step, self.seconds)
 
+# %% ../../nbs/tasks/49_training.ipynb #02221db9
 @patch
 def _epoch(self: _Loop, bar):
     "One pass over the films; returns the mean loss."
