@@ -12,8 +12,8 @@ import numpy as np, pandas as pd
 from .settings import G2DError
 from .files import atomic_path, read_json
 
-# %% ../nbs/61_results.ipynb #379ad153
-COLUMNS = ('experiment', 'key', 'dataset', 'protocol', 'method', 'fraction', 'seed', 'metric', 'value', 'low', 'high', 'seconds', 'commit', 'parameters', 'folder')
+# %% ../nbs/61_results.ipynb #67ee4048
+COLUMNS = ('experiment', 'key', 'task', 'dataset', 'protocol', 'method', 'fraction', 'seed', 'metric', 'value', 'low', 'high', 'seconds', 'commit', 'parameters', 'folder')
 
 def _dataset(store):
     "A short name of a store: the word, or the last part of its path."
@@ -23,9 +23,10 @@ def _dataset(store):
 def _numbers(folder):
     "The numbers of a run: of results.csv, else of metrics.json."
     if (folder/'results.csv').exists():
-        table = pd.read_csv(folder/'results.csv').rename(columns=dict(start='method'))
+        table = pd.read_csv(folder/'results.csv').rename(columns=dict(start='method', map='method'))
+        if 'head' in table and 'method' in table: table['method'] = [f'{m} ({h})' for m, h in zip(table['method'], table['head'])]
         if {'metric', 'value'} <= set(table):
-            keep = [c for c in ('dataset', 'protocol', 'method', 'fraction', 'seed', 'metric', 'value', 'low', 'high') if c in table]
+            keep = [c for c in ('task', 'dataset', 'protocol', 'method', 'fraction', 'seed', 'metric', 'value', 'low', 'high') if c in table]
             return table[keep].to_dict('records')
     metrics = read_json(folder/'metrics.json') if (folder/'metrics.json').exists() else {}
     return [dict(metric=k, value=v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
@@ -44,7 +45,7 @@ def collect(root: str | Path | None = None, # the output folder; settings.output
             about = read_json(done)
             given = about.get('parameters') or (read_json(folder/'parameters.json') if (folder/'parameters.json').exists() else {})
             commit = (read_json(folder/'environment.json').get('commit') or '')[:10] if (folder/'environment.json').exists() else ''
-            common = dict(experiment=folder.parent.name, key=folder.name, dataset=_dataset(given.get('store')), protocol=given.get('protocol'), method=given.get('method') or given.get('start'),
+            common = dict(experiment=folder.parent.name, key=folder.name, task=given.get('task') or folder.parent.name, dataset=_dataset(given.get('store')), protocol=given.get('protocol'), method=given.get('method') or given.get('start'),
                           fraction=given.get('fraction'), seed=given.get('seed'), seconds=about.get('seconds'), commit=commit, parameters=json.dumps(given, sort_keys=True), folder=str(folder))
             rows += [common | {k: v for k, v in number.items() if not (isinstance(v, float) and math.isnan(v) and k in common)} for number in _numbers(folder)]
         except (G2DError, ValueError, OSError, AttributeError) as error: broken.append(f'{folder}: {error}')
@@ -53,7 +54,7 @@ def collect(root: str | Path | None = None, # the output folder; settings.output
     found.attrs['broken'] = broken
     return found
 
-# %% ../nbs/61_results.ipynb #12d2827b
+# %% ../nbs/61_results.ipynb #f7204713
 def keep(frame: pd.DataFrame, filters: list # such as ["method=random", "metric~dice", "steps=40"]
         ) -> pd.DataFrame:
     "The rows that pass all filters. Raises `G2DError` for a column that is not there."
@@ -75,7 +76,7 @@ def _same(value, text):
     except (TypeError, ValueError): return str(value) == text
 
 def over_seeds(frame: pd.DataFrame, # of `collect`
-               by: tuple = ('experiment', 'dataset', 'protocol', 'method', 'fraction', 'metric')
+               by: tuple = ('task', 'dataset', 'protocol', 'method', 'fraction', 'metric')
               ) -> pd.DataFrame: # by + mean, half (of the 95 % interval over seeds), seeds, low, high
     "Mean over seeds with Student's interval; one seed has none."
     from scipy.stats import t
@@ -88,7 +89,7 @@ def over_seeds(frame: pd.DataFrame, # of `collect`
         rows.append(dict(zip(by, key)) | dict(mean=values.mean(), half=half, seeds=n, low=group['low'].mean(), high=group['high'].mean()))
     return pd.DataFrame(rows, columns=[*by, 'mean', 'half', 'seeds', 'low', 'high'])
 
-# %% ../nbs/61_results.ipynb #acec41ce
+# %% ../nbs/61_results.ipynb #ba00e41b
 METRIC_NAMES = dict(dice_published='Dice', map='mAP', map_mgca='mAP', auroc_macro='AUC', auroc='AUC', accuracy='ACC') # ours -> as printed
 
 def beside_published(table: pd.DataFrame, # of `over_seeds`
@@ -104,7 +105,7 @@ def beside_published(table: pd.DataFrame, # of `over_seeds`
         if metric and row['dataset'] and not str(row['dataset']).startswith(('layout:', 'phantom')):
             try: data = dataset_name(str(row['dataset']).removeprefix('real:'))
             except G2DError: pass
-        same = theirs[(theirs['task'] == row['experiment']) & (theirs['dataset'] == data) & (theirs['metric'] == metric) & ((theirs['fraction'] - (row['fraction'] or 1)).abs() < 1e-9)] if data else theirs[:0]
+        same = theirs[(theirs['task'] == row['task']) & (theirs['dataset'] == data) & (theirs['metric'] == metric) & ((theirs['fraction'] - (row['fraction'] or 1)).abs() < 1e-9)] if data else theirs[:0]
         best = same.iloc[0] if len(same) else None
         rows.append(row | dict(published=None if best is None else best['value'], delta=None if best is None else 100*row['mean'] - best['value'], source='' if best is None else best['source']))
     return pd.DataFrame(rows, columns=[*table.columns, 'published', 'delta', 'source'])

@@ -14,7 +14,7 @@ from .files import read_json, write_json
 from .notebooks import (InUse, check_parameters, convert, end_old_kernel, environment, find_notebook, key_parts, parameters_of, run_folder, run_key,
                            run_notebook, why_again, write_metrics)
 
-# %% ../nbs/60_runs.ipynb #9c58d776
+# %% ../nbs/60_runs.ipynb #418c56c6
 @dataclass
 class Row:
     "One run that is wanted."
@@ -24,7 +24,7 @@ class Row:
     parameters: dict     # typed; `run:NAME/...` is not resolved
     notebook: Path | None = None
     @property
-    def needs(self) -> list: return sorted({v[4:].split('/')[0] for v in self.parameters.values() if isinstance(v, str) and v.startswith('run:')})
+    def needs(self) -> list: return sorted({v[4:].split('/')[0] for value in self.parameters.values() for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v.startswith('run:')})
 
 # %% ../nbs/60_runs.ipynb #72c57731
 def _raw_rows(table):
@@ -89,7 +89,7 @@ def _bad_names(rows):
     if not problems and any(circle(name, frozenset()) for name in names): problems.append('rows need each other in a circle')
     return problems
 
-# %% ../nbs/60_runs.ipynb #ac824d59
+# %% ../nbs/60_runs.ipynb #7c88df56
 @dataclass
 class Planned:
     "A row with its place and state."
@@ -101,15 +101,18 @@ def plan_rows(rows: list, output_root: Path | None = None) -> list: # of `Planne
     "Where each run lies and what is to be done about it."
     from g2d.settings import settings
     root, made, known = Path(output_root or settings.output_root), {}, {row.name: row for row in rows}
+    def place(value):
+        "A value as it stands in the key, and as the notebook gets it."
+        if not isinstance(value, str) or not value.startswith('run:'): return value, value
+        need, _, rest = value[4:].partition('/')
+        other = plan(known[need])
+        return f'run:{other.folder.parent.name}/{other.folder.name}/{rest}', str((other.folder/rest).resolve())
     def plan(row):
         if row.name in made: return made[row.name]
         keyed, real = {}, {}
         for name, value in row.parameters.items():
-            keyed[name] = real[name] = value
-            if isinstance(value, str) and value.startswith('run:'):
-                need, _, rest = value[4:].partition('/')
-                other = plan(known[need])
-                keyed[name], real[name] = f'run:{other.folder.parent.name}/{other.folder.name}/{rest}', str((other.folder/rest).resolve())
+            pairs = [place(v) for v in (value if isinstance(value, list) else [value])]
+            keyed[name], real[name] = ([k for k, _ in pairs], [r for _, r in pairs]) if isinstance(value, list) else pairs[0]
         parts = key_parts(row.notebook, keyed)
         folder = root/row.notebook.stem/_key(parts)
         made[row.name] = _state(Planned(row, folder, parts, real))

@@ -339,3 +339,17 @@ def test_experiment_on_real_lungs(outputs, data_root):
     folder = run_notebook('segmentation', dict(store='real:hannover', target='lung', fraction=1., steps=2, limit=10), progress=False)
     table = check_run(folder, ['random']).set_index('metric')['value']
     assert table['dice_all_empty'] == 0 and table['dice_positives'] > .1
+
+
+def test_a_decoder_with_a_mask_for_each_head_becomes_one(tmp_path):
+    import torch
+    from g2d.checkpoint import Checkpoint
+    from g2d.models.g2d import G2D
+    from g2d.profiles import profile
+    from g2d.tasks.segmentation import SegmentationNet
+    from g2d.tasks.training import find_start
+    p = profile('demo', image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers=0, text_pool='cls', image_size=64, crop_size=64, encoder_depth=4, decoder_channels=(16, 8, 8, 8), mask_per_head=True)
+    model = G2D(p).eval()
+    net = SegmentationNet(find_start(Checkpoint.of(model), parts=('encoder', 'decoder'))).eval()
+    images = torch.rand(2, 1, 64, 64)
+    with torch.no_grad(): assert torch.allclose(net(images), model(images, ['a', 'b']).mask_logits.mean(1, keepdim=True), atol=1e-5)

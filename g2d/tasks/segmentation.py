@@ -7,8 +7,9 @@ __all__ = ['dice_scores', 'hausdorff', 'image_scores', 'summarise', 'filled_boxe
            'focal_log_dice', 'task_loss', 'SegmentationNet', 'PixelCounts', 'segmentation_views', 'predict',
            'pick_cases', 'finetune', 'evaluate', 'case_figure', 'curve_figure']
 
-# %% ../../nbs/tasks/51_segmentation.ipynb #f009b798
+# %% ../../nbs/tasks/51_segmentation.ipynb #2be145cc
 from pathlib import Path
+from dataclasses import replace
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -145,14 +146,20 @@ def task_loss(name: str, logits, truth): # -> scalar tensor
     if name == 'bce': return F.binary_cross_entropy_with_logits(logits.float(), truth.float())
     raise G2DError(f'The loss "{name}" is not known; expected focal_log_dice, dice_bce or bce.')
 
-# %% ../../nbs/tasks/51_segmentation.ipynb #ea279c89
+# %% ../../nbs/tasks/51_segmentation.ipynb #d75b7abf
+def _one_mask(checkpoint):
+    "The checkpoint with one mask: a decoder that was trained with a mask for each attention head gives the mean of their logits (ours)."
+    if not checkpoint.profile.mask_per_head: return checkpoint
+    mean = {k: v.mean(0, keepdim=True) if k.startswith('decoder.segmentation_head.') else v for k, v in checkpoint.weights.items()}
+    return replace(checkpoint, weights=mean)
+
 class SegmentationNet(TaskNet):
     "U-Net of a start: image [B, 1, H, W] in [0, 1] -> logits [B, 1, H, W]."
     def __init__(self, start: Start, freeze: str = 'no'):
         super().__init__(start, freeze)
         from g2d.models.decoder import UNetDecoder
         self.decoder = UNetDecoder(self.image_encoder.channels, start.profile.decoder_channels)
-        if start.checkpoint is not None and 'decoder' in start.parts: load_part(self.decoder, start.checkpoint, 'decoder')
+        if start.checkpoint is not None and 'decoder' in start.parts: load_part(self.decoder, _one_mask(start.checkpoint), 'decoder')
     def forward(self, images): return self.decoder(self.features(images), tuple(images.shape[-2:]))
 
 # %% ../../nbs/tasks/51_segmentation.ipynb #a0babb57

@@ -19,7 +19,7 @@ from ..profiles import Profile, profile as named_profile
 from ..checkpoint import Checkpoint
 from .protocols import Protocol
 
-# %% ../../nbs/tasks/49_training.ipynb #b393205e
+# %% ../../nbs/tasks/49_training.ipynb #ff89dffb
 @dataclass
 class Start:
     "Where an encoder's weights come from."
@@ -36,7 +36,7 @@ def find_start(start: str | Path | Checkpoint | Start = 'random', # random, imag
     "Understand a start. Raises `G2DError` for one that is not there, or an ImageNet start of a profile that has none."
     if isinstance(start, Start): return start
     p = profile if isinstance(profile, Profile) else named_profile(profile or 'demo')
-    if isinstance(start, Checkpoint): return Start(name or 'G2D ' + ' + '.join(parts), start.profile, start, tuple(parts))
+    if isinstance(start, Checkpoint): return Start(name or f'{_kinds[start.profile.dense_target]} ' + ' + '.join(parts), start.profile, start, tuple(parts))
     if str(start) == 'random': return Start(name or 'random', p.replace(pretrained=False))
     if str(start) == 'imagenet':
         if not p.pretrained: raise G2DError(f'The profile "{p.name}" names no ImageNet weights (pretrained=False); set pretrained to True, "offline" or a file.')
@@ -44,6 +44,8 @@ def find_start(start: str | Path | Checkpoint | Start = 'random', # random, imag
     if Path(start).is_dir() or _is_g2d(start): return find_start(Checkpoint.load(start), parts=parts, name=name)
     if not Path(start).is_file(): raise G2DError(f'There is no start "{start}"; expected random, imagenet, a G2D checkpoint or a weights file of timm.')
     return Start(name or Path(start).stem, p.replace(pretrained=str(start)))
+
+_kinds = dict(pseudo='G2D', none='global-only', shuffled='shuffled-masks', reconstruction='reconstruction') # what a checkpoint's decoder has learned
 
 def _is_g2d(path):
     "Whether a file is a checkpoint of this suite."
