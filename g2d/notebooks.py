@@ -73,12 +73,13 @@ def check_parameters(notebook: str | Path, parameters: dict) -> None:
         except G2DError as error: problems.append(f'{Path(notebook).name}: {error}')
     if problems: raise G2DError('; '.join(problems) + '.')
 
-# %% ../nbs/59_notebooks.ipynb #520ae0b8
+# %% ../nbs/59_notebooks.ipynb #06195d31
 def _print(text): return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 def _store_print(store):
     "Hash of the manifest's hashes, if the parameter is the folder of a store."
-    manifest = Path(store)/'manifest.json' if isinstance(store, str) and store else None
+    from g2d.settings import settings
+    manifest = None if not isinstance(store, str) or not store else (Path(settings.output_root)/'stores'/store[6:] if store.startswith('store:') else Path(store))/'manifest.json'
     return _print(json.dumps(read_json(manifest).get('sha256'), sort_keys=True)) if manifest is not None and manifest.is_file() else None
 
 def key_parts(notebook: str | Path, parameters: dict) -> dict: # cells, parameters, version, store

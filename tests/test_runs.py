@@ -230,3 +230,15 @@ def test_progress_is_read_from_the_log(tmp_path):
     (tmp_path/'log.txt').write_text('hello\rpre-training:  45%|####5     | 12/30 [00:10<00:20, 85.2img/s, loss=2.1]')
     assert _progress(tmp_path) == ('3/9', '12/30, 85.2img/s, 00:20 left')
     assert _progress(tmp_path/'absent') == ('', '')
+
+
+@pytest.mark.parametrize('path', sorted((Path(__file__).parents[1]/'nbs'/'experiments'/'tables').glob('*.yaml')), ids=lambda p: p.stem)
+def test_ready_tables_can_be_run(path, tmp_path):
+    "Every row names a notebook, parameters and rows that exist; a paper table has a phantom twin that needs no data."
+    rows = read_rows(path)
+    plans = plan_rows(rows, tmp_path)
+    assert len({p.folder for p in plans}) == len(plans), 'two rows are the same run'
+    text = path.read_text()
+    if path.stem.startswith('paper_'):
+        assert (path.parent/f'phantom_{path.stem[6:]}.yaml').is_file() and 'Estimate' in text and 'store:' in text
+    elif path.stem != 'ablations': assert 'store:' not in text.replace('"store":', '').replace('store: "', ' ') and '"cuda"' not in text

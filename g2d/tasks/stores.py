@@ -46,8 +46,8 @@ def nih_rsna(source: str | Path # the data root of the shared data
                                   source='nih_cxr14', file=str(path), row=number, extra=dict(rsna_id=row['rsna_id'], rsna_class=row['class'])))
     return listing
 
-# %% ../../nbs/tasks/48_stores.ipynb #29b49d43
-def find_store(name: str | Path, # phantoms, phantoms:N, layout:SET, real:SET, or the folder of a store
+# %% ../../nbs/tasks/48_stores.ipynb #dae48d1c
+def find_store(name: str | Path, # phantoms, phantoms:N, layout:SET, real:SET, store:NAME (in outputs/stores), or the folder of a store
                size: int = 128, # side in pixels of a store that is made here
                n: int = 300, # phantoms, or films of a layout
                seed: int = 7 # of phantoms
@@ -64,6 +64,7 @@ def find_store(name: str | Path, # phantoms, phantoms:N, layout:SET, real:SET, o
         return make_phantom_store(place/f'phantoms_{n}_{size}_{seed}', n, size=size, seed=seed, split=dict(train=.7, val=.1, test=.2))
     if kind == 'layout': return _layout_store(which, place, size, n, seed)
     if kind == 'real': return _shared_store(which, place/f'real_{which}_{size}', size)
+    if kind == 'store': return RadiographStore.open(place/which)
     return RadiographStore.open(name)
 
 def _layout_store(name, place, size, n, seed):
