@@ -71,3 +71,31 @@ def test_prepare_and_pretrain_end_to_end(tmp_path):
     answer = g2d('pretrain', tmp_path/'store', '--profile', 'demo', '--out', tmp_path/'run', '--device', 'cpu', *sum((['--set', s] for s in small), []))
     assert answer.returncode == 0, answer.stderr[-2000:]
     assert '2 steps done' in answer.stdout and (tmp_path/'run'/'checkpoint.safetensors').exists()
+
+
+def test_finetune_and_evaluate(tmp_path, monkeypatch, capsys):
+    "A task from the command line: numbers with intervals, a folder with the result, one sentence for what is wrong."
+    import json
+    from g2d.cli import main
+    monkeypatch.setenv('G2D_OUTPUTS', str(tmp_path))
+    import g2d.settings
+    monkeypatch.setattr(g2d.settings, 'settings', g2d.settings.load_settings(), raising=False)
+    from g2d.data.phantom import make_phantom_store
+    store = str(make_phantom_store(tmp_path/'store', 90, size=64, split=dict(train=.6, val=.2, test=.2)).path)
+    def call(*words):
+        monkeypatch.setattr(sys, 'argv', ['g2d', *words])
+        with pytest.raises(SystemExit) as stop: main()
+        found = capsys.readouterr()
+        return stop.value.code, found.out, found.err
+    tiny = tmp_path/'weights.safetensors'
+    import timm
+    from safetensors.torch import save_file
+    save_file(timm.create_model('tf_efficientnet_lite0', in_chans=1).state_dict(), tiny)
+    code, out, err = call('finetune', 'linear', store, '--protocol', 'demo', '--start', str(tiny), '--steps', '3', '--out', str(tmp_path/'probe'), '--option', 'draws=20')
+    assert code == 0 and 'auroc' in out and json.loads((tmp_path/'probe'/'result.json').read_text())['about']['start'] == 'weights', err
+    code, out, err = call('evaluate', 'linear', store, '--checkpoint', str(tmp_path/'probe'), '--option', 'draws=20')
+    assert code == 0 and 'auroc' in out, err
+    for words, sentence in ((('finetune', 'juggling', store), 'There is no task "juggling"'), (('finetune', 'linear', store, '--option', 'colour=red'), 'no option "colour"'),
+                            (('finetune', 'linear', str(tmp_path/'nowhere')), 'nowhere'), (('evaluate', 'retrieval', store, '--checkpoint', str(tmp_path/'nothing')), 'nothing')):
+        code, out, err = call(*words)
+        assert code == 2 and sentence in err and 'Traceback' not in err
