@@ -32,7 +32,7 @@ demo: $(VENV)/.demo
 	$(BIN)/g2d demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lab: $(VENV)/.dev
 	$(BIN)/jupyter lab nbs
@@ -46,7 +46,7 @@ readme: $(VENV)/.dev
 
 # G2D_DATA is emptied: a picture of a real film must not enter the repository
 render: $(VENV)/.dev
-	for file in $$(ls nbs/[0-9]*.ipynb nbs/data/*.ipynb nbs/models/*.ipynb nbs/tasks/*.ipynb); do \
+	for file in $$(ls nbs/[0-9]*.ipynb nbs/data/*.ipynb nbs/data/sets/*.ipynb nbs/models/*.ipynb nbs/tasks/*.ipynb); do \
 	  G2D_DATA= $(BIN)/nbdev-test --save $$file && $(BIN)/python -c "import sys; from g2d.views import shrink_pictures; shrink_pictures(sys.argv[1])" $$file || exit 1; done
 	$(BIN)/nbdev-clean
 

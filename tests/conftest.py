@@ -29,7 +29,7 @@ def _reset():
         torch.set_grad_enabled(True)
         torch.set_default_dtype(torch.float32)
         torch.use_deterministic_algorithms(False)
-        torch.set_num_threads(min(2, os.cpu_count() or 1))
+        torch.set_num_threads(1 if 'PYTEST_XDIST_WORKER' in os.environ else min(2, os.cpu_count() or 1)) # a worker a core
 
 
 @pytest.fixture(autouse=True)
