@@ -237,7 +237,7 @@ def test_experiment_on_phantoms_with_own_words(outputs, model):
     Checkpoint.of(model).save(outputs/'c.safetensors')
     folder = run_notebook('grounding', dict(checkpoint=str(outputs/'c.safetensors'), words=['cardiomegaly: an enlarged heart', 'cardiomegaly: cardiomegaly', 'consolidation: consolidation'], threshold='top15', blur=1.0), progress=False)
     table = pd.read_csv(folder/'results.csv')
-    assert {'model', 'untrained net', 'average mask of the label', 'centre'} <= set(table['map']) and {'pointing', 'iou', 'dice', 'cnr', 'miou'} <= set(table['metric'])
+    assert {'G2D (patches)', 'untrained net', 'average mask of the label', 'centre'} <= set(table['map']) and {'pointing', 'iou', 'dice', 'cnr', 'miou'} <= set(table['metric'])
     assert set(pd.read_csv(folder/'result'/'predictions.csv')['query']) == {'an enlarged heart / cardiomegaly', 'consolidation'}
     assert {'maps.png', 'cases.png'} == {p.name for p in (folder/'figures').iterdir()} and json.loads((folder/'metrics.json').read_text())['queries'] > 0
 
