@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from .settings import G2DError
 from .files import atomic_path, read_json
 
-# %% ../nbs/61_results.ipynb #67ee4048
+# %% ../nbs/61_results.ipynb #2b1b9caf
 COLUMNS = ('experiment', 'key', 'task', 'dataset', 'protocol', 'method', 'fraction', 'seed', 'metric', 'value', 'low', 'high', 'seconds', 'commit', 'parameters', 'folder')
 
 def _dataset(store):
@@ -31,6 +31,7 @@ def _numbers(folder):
     metrics = read_json(folder/'metrics.json') if (folder/'metrics.json').exists() else {}
     return [dict(metric=k, value=v) for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
 
+# %% ../nbs/61_results.ipynb #cf906b1a
 def collect(root: str | Path | None = None, # the output folder; settings.output_root if None
             experiment: str | None = None # only runs of this notebook
            ) -> pd.DataFrame: # `COLUMNS`, one row a number

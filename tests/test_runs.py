@@ -209,7 +209,8 @@ def test_interrupt_ends_cleanly_and_a_second_run_continues(square, tmp_path):
     out = tmp_path/'out'
     path = table(tmp_path/'t.csv', [[square, '', k, 1.5, ''] for k in range(4)])
     command = [sys.executable, '-c', 'from g2d.cli import main; main()', 'run', str(path), '--output', str(out), '--workers', '2']
-    runner = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    runner = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # tests started with nohup hand on an ignored Ctrl-C
     for _ in range(400):
         if list(out.glob('square/*/done.json')): break
         time.sleep(.05)
