@@ -1,5 +1,5 @@
 "CheXpert, NIH ChestX-ray14, PadChest, VinDr-CXR, COVIDx: phantom copies end to end, the real tables to their published counts, splits against the peers' procedures, bad input."
-import gzip, importlib.util, json, shutil, sys
+import gzip, importlib.util, json, runpy, shutil, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 import g2d.data.sets.chexpert as chexpert, g2d.data.sets.covidx as covidx, g2d.data.sets.nih_cxr14 as nih, g2d.data.sets.padchest as padchest, g2d.data.sets.vindr_cxr as vindr
@@ -168,14 +168,12 @@ def test_a_folder_that_is_not_there(name):
 
 @pytest.mark.parametrize('name', names)
 def test_the_script_prepares_and_says_errors_in_one_sentence(raws, tmp_path, monkeypatch, capsys, name):
-    spec = importlib.util.spec_from_file_location(f'prepare_{name}', root/f'data_prep/{name}/prepare.py')
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = lambda: runpy.run_path(str(root/f'data_prep/{name}/prepare.py'), run_name='__main__')
     monkeypatch.setattr(sys, 'argv', ['prepare.py', str(raws(name)), '--out', str(tmp_path/'out'), '--size', '32', '--workers', '0'])
-    script.main()
+    script()
     assert 'RadiographStore' in capsys.readouterr().out and len(RadiographStore.open(tmp_path/'out'))
     monkeypatch.setattr(sys, 'argv', ['prepare.py', str(tmp_path/'nowhere'), '--out', str(tmp_path/'other')])
-    with pytest.raises(SystemExit) as stop: script.main()
+    with pytest.raises(SystemExit) as stop: script()
     assert isinstance(stop.value.code, str) and '\n' not in stop.value.code
     assert (root/f'data_prep/{name}/README.md').read_text().count('\n## ') >= 4
 

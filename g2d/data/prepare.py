@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETS', 'PUBLISHED', 'fields', 'read_radiograph', 'read_mask', 'Item', 'Listing', 'data_set', 'load_sets',
-           'check_items', 'write_rejected', 'list_items', 'prepare', 'parse_options', 'check_counts', 'read_table',
-           'tidy', 'mend_text', 'covid_chestxray', 'shared_pairs']
+           'check_items', 'write_rejected', 'list_items', 'prepare', 'parse_options', 'prepare_parser',
+           'prepare_command', 'check_counts', 'read_table', 'tidy', 'mend_text', 'covid_chestxray', 'shared_pairs']
 
 # %% ../../nbs/data/15_prepare.ipynb #447b8279
 import csv, gc, hashlib, inspect, io, json, os, re, warnings
@@ -376,6 +376,69 @@ def parse_options(set_name: str, # a name in `SETS`
         if not equals or not name.strip(): raise G2DError(f'"{word}" is no option; expected name=value or name.key=value.')
         options[name.strip()] = value if '.' in name else _value(value)
     return _options(set_name, options)[1]
+
+# %% ../../nbs/data/15_prepare.ipynb #3d8a2f13
+def _argument(parser, name, parameter, doc):
+    "One option of a reader as an argument: a flag, a number, KEY=VALUE words, several words, or one."
+    flag, kind = '--' + name.replace('_', '-'), str(parameter.annotation)
+    if isinstance(parameter.default, bool): return parser.add_argument(flag, action='store_true', help=doc)
+    options = dict(help=f'{doc} ({parameter.default} if not given)' if isinstance(parameter.default, (str, int)) else doc, type=int if isinstance(parameter.default, int) else str)
+    if 'dict' in kind: options |= dict(action='extend', nargs='+', metavar='OURS=YOURS')
+    elif 'list' in kind: options |= dict(nargs='+')
+    parser.add_argument(flag, **options)
+
+def prepare_parser(set_name: str, # a name in `SETS`
+                   description: str = '' # shown above the options
+                  ): # -> argparse.ArgumentParser
+    "Arguments of a set's script: those of `prepare`, and the options of its reader."
+    import argparse
+    from fastcore.docments import docments
+    function = _options(set_name, {})[0]
+    docs = docments(function)
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('source', nargs='+', help=docs['source'])
+    p.add_argument('--out', help='folder of the store')
+    p.add_argument('--check', action='store_true', help='compare counts with the published ones, and decode nothing')
+    p.add_argument('--size', type=int, default=256, help='side of the stored images in pixels (256 if not given)')
+    p.add_argument('--how', default='pad', choices=['pad', 'stretch', 'crop'], help='how a film is fitted into the square (pad if not given)')
+    p.add_argument('--split', help="split that fills the column split; the set's own choice if not given, and all of them are stored")
+    p.add_argument('--workers', type=int, help='worker processes; from the settings if not given')
+    for name, parameter in list(inspect.signature(function).parameters.items())[1:]: _argument(p, name, parameter, docs[name] or '')
+    return p
+
+# %% ../../nbs/data/15_prepare.ipynb #6c415db4
+def _given(set_name, arguments):
+    "Options of the reader that were given, as `prepare` takes them."
+    options = {}
+    for name, parameter in list(inspect.signature(_options(set_name, {})[0]).parameters.items())[1:]:
+        value = getattr(arguments, name)
+        if value is None or value is False: continue
+        if 'dict' in str(parameter.annotation): value = parse_options(set_name, [f'{name}.{word}' for word in value])[name]
+        options[name] = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return options
+
+def prepare_command(set_name: str, # a name in `SETS`
+                    description: str = '', # shown by --help
+                    extras: dict | None = None # option -> (help, function(source, value, options)): another table that can be written on the way
+                   ) -> None:
+    "The script of one set: read the arguments, prepare or check the counts, say what came out. A user's mistake is one sentence and status 1."
+    import sys
+    p = prepare_parser(set_name, description)
+    for flag, (help, _) in (extras or {}).items(): p.add_argument(flag, help=help)
+    a = p.parse_args()
+    wanted = {flag: value for flag in extras or {} if (value := getattr(a, flag.lstrip('-').replace('-', '_')))}
+    if not (a.out or a.check or wanted): p.error('--out is needed, or --check')
+    source, options = a.source if len(a.source) > 1 else a.source[0], _given(set_name, a)
+    try:
+        for flag, value in wanted.items(): extras[flag][1](source, value, options)
+        if a.check:
+            table = check_counts(set_name, source, **options)
+            print(table.to_string(index=False))
+            sys.exit(int((table['verdict'] == 'DIFFERS').any()))
+        if not a.out: return
+        store = prepare(set_name, source, a.out, size=a.size, how=a.how, workers=a.workers, split=a.split, **options)
+    except G2DError as error: sys.exit(f'{error}')
+    print(store, {name: n for name, n in store.manifest['counts'].items() if isinstance(n, int)}, f'rejected rows: {a.out}/rejected.csv')
 
 # %% ../../nbs/data/15_prepare.ipynb #ff7e8832
 def check_counts(set_name: str, # a name in `SETS`
