@@ -109,6 +109,28 @@ _row('text_sections', 'sections that make the text, in order', (('findings', 'im
 _row('text_style', 'how a section becomes text: g2d, mgca or as_released', ('mgca', 'paper: prepared as MGCA'), ('as_released', 'code: with its slips'), ('g2d', 'ours: decimals and case survive'))
 _row('min_text_tokens', 'shorter reports are left out', (3, 'MGCA, named by the paper as its preparation'), (0, 'code: none'))
 
+# %% ../nbs/01_profiles.ipynb #99d3344b
+_row('method', 'which model is trained: g2d, or mpma (paired masking)', ('g2d', 'paper'), ('g2d', 'code'))
+_row('local', 'alignment of words and positions beside the global one: none, gloria or mgca', ('none', 'paper: the global one only'), ('none', 'code'))
+_row('local_weight', 'weight of the local alignment', (1.0, 'ours: GLoRIA and MGCA weigh it 1; G2D has none'), (1.0, 'unused'))
+_row('image_mask_ratio', 'share of the patches that are hidden; only mpma', (0.75, 'MRM code'), (0.75, 'unused'))
+_row('word_mask_ratio', 'share of the words that are hidden; only mpma', (0.5, 'MRM code'), (0.5, 'unused'))
+_row('mask_patch', 'side of a hidden patch in pixels; a ViT takes its own; only mpma', (16, 'MRM code: ViT-B/16'), (16, 'unused'))
+_row('align_on', 'alignment of masked or of full inputs; only mpma', ('masked', 'ours: one pass; the abstract does not say'), ('masked', 'unused'))
+
+# %% ../nbs/01_profiles.ipynb #f0dc69d3
+_row('norm_pix', 'pixels of a patch are rebuilt with mean 0 and variance 1; only mpma', (True, 'MRM code: run.sh'), (True, 'unused'))
+_row('super_resolution', 'the target has this multiple of the side the network sees: 1 or 2; only mpma', (2, 'MRM code: 224 seen, 448 rebuilt'), (2, 'unused'), demo=(1, 'ours: two CPU cores'))
+_row('pixel_decoder', 'width, layers and heads of the MAE decoder; only mpma with a ViT', ((768, 4, 6), 'MRM code'), ((768, 4, 6), 'unused'), demo=((96, 2, 3), 'ours: two CPU cores'))
+_row('report_decoder', 'width, layers and heads of the report decoder; only mpma', ((384, 6, 6), 'MRM code'), ((384, 6, 6), 'unused'), demo=((128, 2, 4), 'ours: two CPU cores'))
+_row('fusion', 'how the image helps the report: memory (MA-CMF), cross (attention without memory) or add (MRM); only mpma', ('memory', 'MPMA abstract'), ('memory', 'unused'))
+_row('memory_slots', 'rows of the shared memory; only mpma', (2048, 'R2GenCMN code'), (2048, 'unused'), demo=(256, 'ours: two CPU cores'))
+_row('memory_topk', 'memory rows that answer a query; only mpma', (32, 'R2GenCMN code'), (32, 'unused'), demo=(16, 'ours: two CPU cores'))
+_row('memory_heads', 'heads of the memory; only mpma', (8, 'R2GenCMN code'), (8, 'unused'))
+_row('word_targets', 'words that are rebuilt: masked, or all (padding included, as MRM); only mpma', ('masked', 'ours: MRM rebuilds all'), ('masked', 'unused'))
+_row('pixel_weight', 'weight of the image reconstruction; only mpma', (1.0, 'MRM code: 1 to 1'), (1.0, 'unused'))
+_row('word_weight', 'weight of the report reconstruction; only mpma', (1.0, 'MRM code: 1 to 1'), (1.0, 'unused'))
+
 # %% ../nbs/01_profiles.ipynb #fe2c8086
 class _Profile:
     "Base of `Profile`: sources, table and changes."

@@ -20,7 +20,7 @@ from .text_encoder import TextEncoder
 from .attention_pool import AttentionPool, ImageProjector, TextProjector
 from .decoder import UNetDecoder
 
-# %% ../../nbs/models/24_g2d.ipynb #ba1a6cf2
+# %% ../../nbs/models/24_g2d.ipynb #c83abcea
 class G2DOutput(NamedTuple):
     "Outputs of `G2D.forward`."
     image_emb: Float[Tensor, "b d"]                  # v, pooled image embedding
@@ -28,6 +28,7 @@ class G2DOutput(NamedTuple):
     patch_emb: Float[Tensor, "b d h w"]              # positions in the text's space
     attention: Float[Tensor, "b m h w"]              # weights of the pool, one map a head
     mask_logits: Float[Tensor, "b k H W"] | None     # decoder output before the sigmoid; k = 1, or a mask for each head
+    extra: dict[str, Tensor] | None = None           # what the losses of a comparator need, by name; G2D has nothing
 
 # %% ../../nbs/models/24_g2d.ipynb #b32afec6
 class G2D(nn.Module):
