@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image
 from g2d.settings import G2DError
 from g2d.files import write_json
-from g2d.results import collect, keep, over_seeds, beside_published, render, write_page
+from g2d.results import collect, keep, of_table, over_seeds, beside_published, render, write_page
 
 
 def make_run(root, experiment, key, metrics=None, rows=None, figures=0, failed=None, **parameters):
@@ -59,6 +59,26 @@ def test_filters(outputs):
     assert len(keep(frame, ['store=phantoms'])) == 1
     for bad, match in (('method', 'not understood'), ('colour=red', 'No run has'), ('method~(', 'no regular expression')):
         with pytest.raises(G2DError, match=match): keep(frame, [bad])
+
+
+def test_runs_of_one_table_by_the_names_of_its_rows(tmp_path, monkeypatch, capsys):
+    from g2d.runs import plan_rows, read_rows
+    table, root = tmp_path/'two.yaml', tmp_path/'out'
+    table.write_text('- {name: first, experiment: retrieval, parameters: {size: 64}}\n- {name: second, experiment: retrieval, parameters: {size: 32}}\n')
+    for plan, value in zip(plan_rows(read_rows(table), root), (.2, .4)):
+        make_run(root, 'retrieval', plan.folder.name, metrics=dict(recall=value))
+    make_run(root, 'retrieval', 'another', metrics=dict(recall=.9))
+    found = of_table(collect(root), table, root)
+    assert found[['row', 'value']].values.tolist() == [['first', .2], ['second', .4]] and not found.attrs['open']
+    assert over_seeds(found)[['row', 'mean']].values.tolist() == [['first', .2], ['second', .4]] # not averaged: two settings, not two seeds
+    (plan.folder/'done.json').unlink()
+    assert of_table(collect(root), table, root).attrs['open'] == ['second']
+    monkeypatch.setattr(sys, 'argv', ['g2d', 'results', '--table', str(table), '--format', 'csv', '--output', str(root)])
+    from g2d.cli import main
+    try: main()
+    except SystemExit as stop: assert not stop.code
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].startswith('row,') and 'first' in out and 'second' not in out and '1 rows of the table are not finished' in err
 
 
 def test_published_numbers_stand_beside(outputs):
