@@ -420,8 +420,9 @@ def test_contract_for_every_profile(name, overrides, heads, cells):
                 crop_size=64, decoder_channels=(32, 16, 16, 8, 8), **overrides)
     model = G2D(p)
     out = model(torch.rand(3, 1, 64, 64), TEXTS)
-    assert [tuple(t.shape) for t in out] == [(3, 128), (3, 128), (3, 128, cells, cells), (3, heads, cells, cells), (3, heads if p.mask_per_head else 1, 64, 64)]
-    assert all(t.isfinite().all() for t in out) and model.weights == dict(image_encoder='random', text_encoder='random')
+    assert out.extra is None
+    assert [tuple(t.shape) for t in out[:5]] == [(3, 128), (3, 128), (3, 128, cells, cells), (3, heads, cells, cells), (3, heads if p.mask_per_head else 1, 64, 64)]
+    assert all(t.isfinite().all() for t in out[:5]) and model.weights == dict(image_encoder='random', text_encoder='random')
     assert model.text_projector.over_padding == (name == 'as_released') and (model.pool.cls is not None) == (name == 'as_paper')
     assert model.text_encoder.tokenize(['heart'])['input_ids'].shape[1] == (256 if name == 'as_released' else 3)
     sum(losses(out)).backward()
@@ -491,7 +492,7 @@ def test_grey_and_colour_give_the_same():
         model = G2D(tiny(in_chans=in_chans)).eval()
         x = torch.rand(2, 1, 64, 64)
         with torch.no_grad():
-            for a, b in zip(model(x, TEXTS[:2]), model(x.repeat(1, 3, 1, 1), TEXTS[:2])): close(a, b, 1e-4*max(1, a.abs().max().item()))
+            for a, b in zip(model(x, TEXTS[:2])[:5], model(x.repeat(1, 3, 1, 1), TEXTS[:2])[:5]): close(a, b, 1e-4*max(1, a.abs().max().item()))
 
 
 @pytest.mark.parametrize('images, words', [

