@@ -40,7 +40,7 @@ def set_random_state(state: dict) -> None:
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f'cuda{i}' in state: torch.cuda.set_rng_state(state[f'cuda{i}'], i)
 
-# %% ../nbs/40_checkpoint.ipynb #2f0e4c57
+# %% ../nbs/40_checkpoint.ipynb #94d608ce
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple: # (tensors, json-able groups)
     "Split an optimiser's state into tensors and plain values."
     state = optimizer.state_dict()
@@ -57,6 +57,10 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict, groups: li
     if [len(g['params']) for g in own] != [len(g['params']) for g in groups]:
         raise G2DError('The optimiser state in the checkpoint belongs to a model with other parameters.')
     optimizer.load_state_dict(dict(state=state, param_groups=[g | dict(params=o['params']) for g, o in zip(groups, own)]))
+    # a fused optimiser walks through memory: moments must lie as their weights do (channels last), and a file knows no layout
+    for x, values in optimizer.state.items():
+        for name, value in values.items():
+            if torch.is_tensor(value) and value.shape == x.shape and value.stride() != x.stride(): values[name] = torch.empty_like(x, dtype=value.dtype).copy_(value)
 
 # %% ../nbs/40_checkpoint.ipynb #fd298057
 @dataclass
@@ -118,12 +122,14 @@ def _read(path):
     except G2DError: raise
     except Exception as error: raise G2DError(f'{path} is damaged or half-written ({type(error).__name__}: {str(error)[:80]}); use an older checkpoint or start again.') from None
 
-# %% ../nbs/40_checkpoint.ipynb #ceecde69
+# %% ../nbs/40_checkpoint.ipynb #aa17a559
 @patch(cls_method=True)
 def load(cls: Checkpoint, path: str | Path # a checkpoint file, or the folder of a run
         ) -> 'Checkpoint':
     "Read a checkpoint. Raises `G2DError` when it is absent, cut short or of another program."
     path, tensors, header = _read(path)
+    if header['about'].get('slim'):   # an epoch of a run: what was frozen stands in the run's checkpoint
+        tensors = {k: v for k, v in _read(path.parent.parent/'checkpoint.safetensors')[1].items() if k.startswith('model/')} | tensors
     part = lambda name: {k[len(name)+1:]: v for k, v in tensors.items() if k.startswith(name + '/')}
     training = dict(optimizer=part('optimizer'), groups=header['groups'], random=part('random')) if header.get('groups') else {}
     return cls(Profile.from_dict(header['profile']), part('model'), header['about'], training, path, tensors.get('seen/prints'))
@@ -140,24 +146,24 @@ def load_into(self: Checkpoint, model) -> None:
                        f'({model.profile.image_encoder}, {model.profile.text_encoder}): {len(wrong)} tensors differ, first: {"; ".join(wrong[:2])}.')
     model.load_state_dict(self.weights)
 
-# %% ../nbs/40_checkpoint.ipynb #d05315b2
+# %% ../nbs/40_checkpoint.ipynb #9e3ebf93
 @patch
 def model(self: Checkpoint, device='cpu', **overrides):
-    "Build the `G2D` that the profile describes and load the weights; in eval mode, on `device`."
-    from g2d.models.g2d import G2D
+    "Build the model that the profile describes and load the weights; in eval mode, on `device`."
+    from g2d.models.comparators import build_model
     # the weights come from this file: fetching ImageNet or hub weights first would be thrown away
-    net = G2D(self.profile.replace(pretrained=False, **overrides))
+    net = build_model(self.profile.replace(pretrained=False, **overrides))
     self.load_into(net)
     net.image_encoder.weights = self.about.get('start_weights', {}).get('image', 'unknown') + ', then g2d pre-training'
     return net.to(device).eval()
 
-# %% ../nbs/40_checkpoint.ipynb #6d88bef8
+# %% ../nbs/40_checkpoint.ipynb #789a95a1
 @patch
 def export_timm(self: Checkpoint, path: str | Path) -> Path:
     "Write the image encoder as safetensors for a stock timm model; the header says how to build it."
     encoder, p = self.model().image_encoder, self.profile
     options = f'in_chans={p.in_chans}' + ('' if p.output_stride == 32 else f', output_stride={p.output_stride}')
-    if p.encoder_depth == 5: return _export(path, encoder.timm_state_dict(), p, f'timm.create_model("{p.image_encoder}", num_classes=0, {options})')
+    if p.encoder_depth == 5 or encoder.vit: return _export(path, encoder.timm_state_dict(), p, f'timm.create_model("{p.image_encoder}", num_classes=0, {options})')
     # the last stages were never built: timm's own feature extractor leaves them out in the same way
     maps = tuple(encoder.net.feature_info.out_indices)
     return _export(path, encoder.net.state_dict(), p, f'timm.create_model("{p.image_encoder}", features_only=True, out_indices={maps}, {options})')
@@ -167,6 +173,7 @@ def export_unet(self: Checkpoint, path: str | Path) -> Path:
     "Write encoder, decoder and head as safetensors for `segmentation_models_pytorch.Unet`; the header says how to build it."
     from g2d.models.decoder import to_smp, smp_arguments
     net = self.model()
+    if net.decoder is None: raise G2DError(f'{self.path or "This checkpoint"} has no mask decoder: there is no U-Net to export; export_timm writes its encoder.')
     arguments = ', '.join(f'{k}={v!r}' for k, v in smp_arguments(net.image_encoder, net.decoder).items())
     return _export(path, to_smp(net.image_encoder, net.decoder), self.profile, f'segmentation_models_pytorch.Unet({arguments})')
 

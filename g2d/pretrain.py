@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rate', 'CsvLog', 'Pretrainer', 'parameter_groups', 'seed_everything', 'pretrain']
 
-# %% ../nbs/41_pretrain.ipynb #b5683987
+# %% ../nbs/41_pretrain.ipynb #741ff624
 import csv, math, os, time
 from pathlib import Path
 import numpy as np
@@ -14,7 +14,7 @@ from .settings import G2DError
 from .files import atomic_path, write_json, read_json
 from .profiles import Profile, profile as named_profile
 from .checkpoint import Checkpoint, unpack_optimizer, set_random_state
-from .validation import make_pseudo_mask, losses_of, collect_pass, summarise, with_report_texts, dense_target
+from .validation import make_pseudo_mask, losses_of, loss_weights, collect_pass, summarise, with_report_texts, dense_target
 
 # %% ../nbs/41_pretrain.ipynb #c5d57936
 def learning_rate(step: int,        # optimiser steps done so far
@@ -51,20 +51,21 @@ class CsvLog:
         if set(row) - set(self.names): return self._rewrite()     # a new column: the header changes
         with open(self.path, 'a', newline='') as file: csv.DictWriter(file, self.names).writerow(self.rows[-1])
 
-# %% ../nbs/41_pretrain.ipynb #f5ecba12
+# %% ../nbs/41_pretrain.ipynb #b73ef900
 class Pretrainer:
-    "Pre-training of a `G2D`; made by `pretrain`, open to anybody who wants to change a part."
-    def __init__(self, store, profile: Profile, out: Path, workers=0, device=None, checkpoint_seconds=60., val_images=500, progress=True, max_steps=None, val_split='val'):
+    "Pre-training of one model, whatever its method; made by `pretrain`, open to anybody who wants to change a part."
+    def __init__(self, store, profile: Profile, out: Path, workers=0, device=None, checkpoint_seconds=60., val_images=500, progress=True, max_steps=None, val_split='val', keep_epochs=False):
         self.store, self.profile, self.out = store, profile, Path(out)
         self.workers, self.device_name, self.checkpoint_seconds, self.val_images = workers, device, checkpoint_seconds, val_images
-        self.progress, self.max_steps, self.val_split = progress, max_steps, val_split
+        self.progress, self.max_steps, self.val_split, self.keep_epochs = progress, max_steps, val_split, keep_epochs
         self.done_steps = self.done_epochs = 0
         self.setup()
 
-# %% ../nbs/41_pretrain.ipynb #e19c487f
+# %% ../nbs/41_pretrain.ipynb #0b9a792e
 def parameter_groups(net, profile: Profile) -> list: # groups for the optimiser, with the factor of each
-    "Trainable parameters in two groups: the new head (projectors and pool), and everything else."
-    heads = {id(x) for part in (net.image_projector, net.text_projector, net.pool) for x in part.parameters()}
+    "Trainable parameters in two groups: the new heads (projectors and pool), and everything else."
+    names = ('image_projector', 'text_projector', 'word_projector', 'pool')
+    heads = {id(x) for name in names if getattr(net, name, None) is not None for x in getattr(net, name).parameters()}
     trained = [x for x in net.parameters() if x.requires_grad]
     return [dict(params=[x for x in trained if id(x) not in heads], factor=1.), dict(params=[x for x in trained if id(x) in heads], factor=profile.head_lr_factor)]
 
@@ -74,7 +75,7 @@ def seed_everything(seed: int) -> None:
     import random
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
-# %% ../nbs/41_pretrain.ipynb #24be9a57
+# %% ../nbs/41_pretrain.ipynb #e3928e5e
 from fastcore.basics import patch
 
 @patch
@@ -83,21 +84,24 @@ def setup(self: Pretrainer):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from g2d.data.loading import Augment, PairLoader
-    from g2d.models.g2d import G2D
+    from g2d.models.comparators import build_model
     p = self.profile
     if int(os.environ.get('WORLD_SIZE', 1)) == 1: AcceleratorState._reset_state(True)   # a notebook may train twice, with another precision
     self.accelerator = Accelerator(mixed_precision=dict(fp32='no').get(p.precision, p.precision), cpu=self.device_name == 'cpu')
     self.device = self.accelerator.device
     self.pairs = with_report_texts(self.store, p)
     self.loader = PairLoader(self.pairs, p.batch_size, split=None if p.train_split == 'all' else p.train_split, seed=p.seed, rank=self.accelerator.process_index,
-                             world_size=self.accelerator.num_processes, workers=self.workers, shuffle=True, reshuffle=p.reshuffle, drop_last=True)
+                             world_size=self.accelerator.num_processes, workers=self.workers, shuffle=True, reshuffle=p.reshuffle, drop_last=True,
+                             window=p.text_window, device=self.device if self.device.type == 'cuda' else None)
     self.seen = self._fingerprints()
-    self.augment, self.pseudo_mask = Augment(p.augment, p.crop_size, p.seed, self.accelerator.process_index), make_pseudo_mask(p)
+    finer = p.super_resolution if p.method == 'mpma' else 1   # MPMA shrinks what its network sees, and rebuilds the film
+    self.augment, self.pseudo_mask = Augment(p.augment, p.crop_size*finer, p.seed, self.accelerator.process_index), make_pseudo_mask(p)
     seed_everything(p.seed)
-    self.net = G2D(p).to(memory_format=torch.channels_last)   # convolutions are faster with channels last, on the CPU too
+    self.net = build_model(p).to(memory_format=torch.channels_last)   # convolutions are faster with channels last, on the CPU too
     self._warm_text_cache()
-    optimizer = torch.optim.AdamW(parameter_groups(self.net, p), lr=p.lr, betas=p.betas, weight_decay=p.weight_decay)
+    optimizer = torch.optim.AdamW(parameter_groups(self.net, p), lr=p.lr, betas=p.betas, weight_decay=p.weight_decay, fused=self.device.type in ('cpu', 'cuda'))
     self.model, self.optimizer = self.accelerator.prepare(self.net, optimizer)
+    if p.compile: self.model = torch.compile(self.model)
     self.total_steps = self.max_steps or p.epochs*(len(self.loader)//p.accumulate)
 
 # %% ../nbs/41_pretrain.ipynb #1f6f9310
@@ -109,17 +113,22 @@ def _fingerprints(self: Pretrainer):
     if self.profile.train_split != 'all': index = index[(index['split'] == self.profile.train_split).fillna(False)]
     return torch.from_numpy(fingerprints(index, self.store.manifest.get('source', '')))
 
-# %% ../nbs/41_pretrain.ipynb #17b637aa
+# %% ../nbs/41_pretrain.ipynb #0d5dffca
 @patch
 def _warm_text_cache(self: Pretrainer):
-    "Fill the text cache in a fixed order."
-    if self.profile.frozen_layers != 'all': return
+    "Fill the text cache in a fixed order, where it is used: whole features of a frozen encoder, or the states below its trained layers."
+    p, encoder = self.profile, self.net.text_encoder
+    if p.text_cache != 'off' and encoder.prefix and p.method != 'mpma':
+        from g2d.settings import settings
+        self.net.to(self.device)
+        encoder.keep_prefixes(self.pairs.index['text'].dropna().tolist(), p.text_cache, p.text_cache_gb*1e9, Path(settings.output_root)/'text_features', progress=self.progress)
+    if self.profile.frozen_layers != 'all' or self.profile.local != 'none' or self.profile.method == 'mpma': return
     self.net.to(self.device)
     texts = sorted(set(self.pairs.index['text'].dropna()))
     from g2d.settings import settings
     self.net.text_encoder.warm_cache(texts, folder=Path(settings.output_root)/'text_features')
 
-# %% ../nbs/41_pretrain.ipynb #4e8f0a59
+# %% ../nbs/41_pretrain.ipynb #3cbb3114
 @patch
 def step(self: Pretrainer, batch) -> dict: # losses as tensors, without gradient
     "Forward and backward of one batch."
@@ -127,23 +136,62 @@ def step(self: Pretrainer, batch) -> dict: # losses as tensors, without gradient
     images, _ = self.augment(batch.images.to(self.device, non_blocking=True), step=batch.global_step)
     dense = self.done_steps >= self.profile.global_only_steps and self.profile.dense_target != 'none'
     together = self.accelerator.num_processes > 1
-    out = self.model(images, batch.texts, decode=dense or together)
+    if self.profile.grad_cache_chunk: return self._cached_step(batch, images, dense)
+    texts = self.net.text_encoder.tokenize(batch.texts) if self.profile.compile and not self.net.text_encoder.frozen else batch.texts
+    out = self.model(images, texts, decode=dense or together)
     shift = int(torch.randint(1, max(len(images), 2), ())) if self.profile.dense_target == 'shuffled' else 1
     target = dense_target(self.profile, self.pseudo_mask, out, images, shift) if dense else None
     parts = losses_of(self.profile, out, target, batch.texts, dense=dense)
     # several processes wait for a gradient of every parameter: the decoder gets one of zero, and `update` drops it
-    rest = 0.*out.mask_logits.sum() if together and not dense else 0.
+    rest = 0.*out.mask_logits.sum() if together and not dense and out.mask_logits is not None else 0.
     self.accelerator.backward((parts['loss'] + rest)/self.profile.accumulate)
     return {k: v.detach() for k, v in parts.items()}
 
-# %% ../nbs/41_pretrain.ipynb #2353fd49
+# %% ../nbs/41_pretrain.ipynb #9ba5cff3
+@patch
+def _cached_step(self: Pretrainer, batch, images, dense) -> dict: # losses as tensors, without gradient
+    "Forward and backward of one batch with the memory of a chunk."
+    from contextlib import nullcontext
+    from g2d.losses import cached_backward
+    from g2d.models.g2d import G2DOutput
+    p, n, several = self.profile, len(images), self.accelerator.num_processes > 1
+    edges = np.linspace(0, n, -(-n//p.grad_cache_chunk) + 1).astype(int)
+    cuts, seed, sums = [slice(a, b) for a, b in zip(edges, edges[1:])], int(torch.randint(2**31, ())), {}
+    tokens = self.net.text_encoder.tokenize(batch.texts) if p.local == 'gloria' or (p.compile and not self.net.text_encoder.frozen) else None
+    quiet = lambda k: nullcontext() if k == len(cuts) - 1 else self.accelerator.no_sync(self.model)
+    def forward(k, last):
+        torch.manual_seed((seed + k) % 2**31)
+        texts = batch.texts[cuts[k]] if tokens is None else {name: x[cuts[k]] for name, x in tokens.items()}
+        with quiet(k): out = self.model(images[cuts[k]], texts, decode=last and (dense or several))
+        shared = dict(image_emb=out.image_emb, text_emb=out.text_emb)
+        return shared | (dict(patch_emb=out.patch_emb, **{name: out.extra[name] for name in ('words', 'word_mask')}) if p.local == 'gloria' else {}), out
+    def joint(e):
+        extra = {name: e[name] for name in ('words', 'word_mask') if name in e}
+        sums.update(losses_of(p, G2DOutput(e['image_emb'], e['text_emb'], e.get('patch_emb'), None, None, extra), None, batch.texts, dense=False))
+        return sums['loss']
+    shared = ('global', 'local') if p.local == 'gloria' else ('global',)
+    def own(k, out):
+        part = images[cuts[k]]
+        shift = int(torch.randint(1, max(len(part), 2), ())) if p.dense_target == 'shuffled' else 1
+        target = dense_target(p, self.pseudo_mask, out, part, shift) if dense else None
+        parts = {name: x*len(part)/n for name, x in losses_of(p, out, target, batch.texts[cuts[k]], dense=dense, gather=False).items() if name not in (*shared, 'loss')}
+        for name, x in parts.items(): sums[name] = sums.get(name, 0.) + x.detach()
+        total = sum(loss_weights(p)[name]*x for name, x in parts.items())
+        sums['loss'] = sums['loss'].detach() + (total.detach() if parts else 0.)
+        return total + (0.*out.mask_logits.sum() if several and not dense and out.mask_logits is not None else 0.)
+    def backward(loss, k):
+        with quiet(k): self.accelerator.backward(loss/p.accumulate)
+    cached_backward(self.net, len(cuts), forward, joint, own, backward)
+    return {name: x.detach() for name, x in sums.items()}
+
+# %% ../nbs/41_pretrain.ipynb #b181e872
 @patch
 def update(self: Pretrainer) -> float: # gradient norm before clipping
     "One optimiser step at the scheduled learning rate."
     rate = learning_rate(self.done_steps, self.total_steps, self.profile)
     for group in self.optimizer.param_groups: group['lr'] = rate*group['factor']
     parameters = [x for x in self.net.parameters() if x.requires_grad]
-    if self.done_steps < self.profile.global_only_steps or self.profile.dense_target == 'none':
+    if self.net.decoder is not None and (self.done_steps < self.profile.global_only_steps or self.profile.dense_target == 'none'):
         for x in self.net.decoder.parameters(): x.grad = None
     norm = self.accelerator.clip_grad_norm_(parameters, self.profile.clip_grad or float('inf'))
     self.optimizer.step()
@@ -173,7 +221,7 @@ def epoch(self: Pretrainer):
         if self.max_steps and self.done_steps >= self.max_steps: break
     bar.close()
 
-# %% ../nbs/41_pretrain.ipynb #fbf2406c
+# %% ../nbs/41_pretrain.ipynb #c824844f
 @patch
 def _after_step(self: Pretrainer, row, batch, bar, started):
     "Log, show, and save when enough time has passed."
@@ -183,7 +231,7 @@ def _after_step(self: Pretrainer, row, batch, bar, started):
     if not self.accelerator.is_main_process: return
     self.log.add(**row)
     bar.update(self.profile.accumulate)
-    bar.set_postfix({k: f'{row[k]:.3f}' for k in ('loss', 'global', 'dense') if k in row} | {'images/s': f'{row["images_per_s"]:.0f}'}, refresh=False)
+    bar.set_postfix({k: f'{row[k]:.3f}' for k in ('loss', 'global', 'dense', 'local', 'pixel', 'word') if k in row} | {'images/s': f'{row["images_per_s"]:.0f}'}, refresh=False)
     if now - self.saved_at > self.checkpoint_seconds: self.save(self.loader.state_dict())
 
 # %% ../nbs/41_pretrain.ipynb #4809a48c
@@ -201,7 +249,7 @@ def validate(self: Pretrainer):
     sample_masks(collected, view, self.profile, self.out/'masks'/f'epoch_{self.done_epochs:03d}.png')
     loss_curves(self.log.rows, self.validation.rows, self.out/'losses.png')
 
-# %% ../nbs/41_pretrain.ipynb #124c01e9
+# %% ../nbs/41_pretrain.ipynb #48edb567
 @patch
 def save(self: Pretrainer, position: dict | None = None):
     "Write the checkpoint; `position` is the loader's state in the middle of an epoch."
@@ -212,8 +260,18 @@ def save(self: Pretrainer, position: dict | None = None):
     self.checkpoint.seen = self.seen
     self.checkpoint.save(self.out/'checkpoint.safetensors')
     self.saved_at = time.time()
+    if self.keep_epochs and position is None: self._keep_epoch()
 
-# %% ../nbs/41_pretrain.ipynb #6f56cca7
+# %% ../nbs/41_pretrain.ipynb #e513f727
+@patch
+def _keep_epoch(self: Pretrainer):
+    "Write `epochs/epoch_NNN.safetensors`: trained weights and buffers only; `Checkpoint.load` takes the rest from the run's checkpoint."
+    frozen = {name for name, x in self.net.named_parameters() if not x.requires_grad}
+    c = self.checkpoint
+    slim = Checkpoint(c.profile, {k: v for k, v in c.weights.items() if k not in frozen}, c.about | dict(slim=True), seen=c.seen)
+    slim.save(self.out/'epochs'/f'epoch_{self.done_epochs:03d}.safetensors')
+
+# %% ../nbs/41_pretrain.ipynb #c44daa12
 @patch
 def resume(self: Pretrainer, path: Path):
     "Continue from a checkpoint. Raises `G2DError` when it belongs to another profile, store or number of processes."
@@ -223,6 +281,7 @@ def resume(self: Pretrainer, path: Path):
     if c.about['store'] != self.store.hash: raise G2DError(f'{path} was trained on another store (or another version of it); use another output folder.')
     if c.about['processes'] != self.accelerator.num_processes: raise G2DError(f'{path} was trained with {c.about["processes"]} processes, now there are {self.accelerator.num_processes}; batches would differ.')
     c.load_into(self.net)
+    self._warm_text_cache()     # loading weights emptied it
     unpack_optimizer(self.optimizer, c.training['optimizer'], c.training['groups'])
     if c.about['scaler'] and self.accelerator.scaler is not None: self.accelerator.scaler.load_state_dict(c.about['scaler'])
     set_random_state(c.training['random'])
@@ -254,16 +313,16 @@ def run(self: Pretrainer, resume=True) -> Checkpoint:
     self.accelerator.wait_for_everyone()
     return self.checkpoint if main else Checkpoint.load(path)
 
-# %% ../nbs/41_pretrain.ipynb #a5a0f9ab
+# %% ../nbs/41_pretrain.ipynb #5350a3a5
 def pretrain(store, # a `RadiographStore` or the path of one
              profile: Profile | str = 'recommended', # a profile or its name
              out: str | Path = None, # folder of the run; outputs/pretrain/<profile> if None
              resume: bool = True, # continue from the checkpoint in `out` if there is one
              device: str | None = None, # cpu, cuda; settings.device if None
              workers: int | None = None, # loading processes; settings.workers if None
-             **options # checkpoint_seconds=60, val_images=500, progress=True, max_steps=None, val_split='val'
+             **options # checkpoint_seconds=60, val_images=500, progress=True, max_steps=None, val_split='val', keep_epochs=False
             ) -> Checkpoint: # the final checkpoint
-    "Pre-train a G2D. Writes log.csv, validation.csv, losses.png, masks/ and checkpoint.safetensors to `out`. Raises `G2DError` for bad input."
+    "Pre-train a G2D, or a method of `g2d.models.comparators`. Writes log.csv, validation.csv, losses.png, masks/ and checkpoint.safetensors to `out`. Raises `G2DError` for bad input."
     from g2d.settings import settings
     from g2d.data.store import RadiographStore
     if isinstance(profile, str): profile = named_profile(profile)

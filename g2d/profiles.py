@@ -103,6 +103,16 @@ _row('clip_grad', 'largest gradient norm; 0 = off', (0.0, 'paper: not mentioned'
 _row('reshuffle', 'a new order each epoch', (True, 'ours (not in the paper)'), (False, 'code: DistributedSampler without set_epoch'))
 _row('seed', 'seed of everything', (42, 'ours (not in the paper)'), (42, 'code'))
 
+# %% ../nbs/01_profiles.ipynb #21ec25ec
+_row('text_cache', 'states of frozen text layers, kept on disk: off, float16 or float32 (needs frozen_layers and freeze_embeddings)', ('off', 'paper: nothing is frozen'), ('off', 'code: none'),
+     ('float16', 'ours: nine of twelve layers are computed once'), ('off', 'whole text features are cached'))
+_row('text_cache_gb', 'most room for these states in GB; texts beyond it are computed in every step', (32.0, 'unused'), (32.0, 'unused'), (32.0, 'ours: 213,384 reports of 75 tokens are 25 GB'))
+_row('text_window', 'steps whose reports are sorted by length together, so that a batch needs little padding; 0 = off', (0, 'ours (not in the paper): as the code'), (0, 'code: random order'),
+     (20, 'ours: two thirds of the padding less'), (0, 'text features are cached'))
+_row('decoder_scale', '2: the decoder ends at half resolution and its logits are enlarged', (1, 'ours (not in the paper): smp default'), (1, 'code: smp default'))
+_row('grad_cache_chunk', 'pairs that are in memory at a time (gradient caching); 0 = the whole batch; BatchNorm then counts over a chunk', (0, 'paper: not mentioned'), (0, 'code: none'))
+_row('compile', 'torch.compile of the network', (False, 'paper: not mentioned'), (False, 'code: none'), (False, 'ours: off, the first steps take minutes'))
+
 # %% ../nbs/01_profiles.ipynb #5cdfff60
 _row('train_split', 'rows used for training: a split name, or all', ('train', 'paper: 213,384 pairs prepared as MGCA'), ('all', 'code: bug, no split filter'))
 _row('text_sections', 'sections that make the text, in order', (('findings', 'impression'), 'ours (not in the paper)'), (('impression', 'findings'), 'code'))

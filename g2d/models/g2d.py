@@ -30,7 +30,7 @@ class G2DOutput(NamedTuple):
     mask_logits: Float[Tensor, "b k H W"] | None     # decoder output before the sigmoid; k = 1, or a mask for each head
     extra: dict[str, Tensor] | None = None           # what the losses of a comparator need, by name; G2D has nothing
 
-# %% ../../nbs/models/24_g2d.ipynb #b32afec6
+# %% ../../nbs/models/24_g2d.ipynb #441bf83f
 class G2D(nn.Module):
     "Image and text encoder, projectors, attention pool and U-Net decoder, as a profile describes them."
     def __init__(self, p: Profile | str = 'recommended' # a profile or its name
@@ -42,7 +42,7 @@ class G2D(nn.Module):
         self.image_projector = ImageProjector(self.image_encoder.channels[-1], p.embed_dim)
         self.pool = AttentionPool(p.embed_dim, p.heads, p.head_dim, grid=(cells, cells), query=p.pool_query,
                                   second_linear=p.pool_second_linear)
-        self.decoder = UNetDecoder(self.image_encoder.channels, p.decoder_channels, classes=p.heads if p.mask_per_head else 1)
+        self.decoder = UNetDecoder(self.image_encoder.channels, p.decoder_channels, classes=p.heads if p.mask_per_head else 1, scale=p.decoder_scale)
         self.text_encoder = TextEncoder(p.text_encoder, p.frozen_layers, p.freeze_embeddings, p.max_text_tokens, p.text_padding, p.text_pool)
         self.text_projector = TextProjector(self.text_encoder.width, p.embed_dim, p.text_bn_over_padding, p.text_pool)
 

@@ -7,7 +7,7 @@ __all__ = ['MIOU_CUTS', 'SHARES', 'Query', 'queries', 'patch_similarity', 'enlar
            'contrast_to_noise', 'unit_range', 'iou_over_cuts', 'map_scores', 'best_cut', 'top_share', 'score_maps',
            'evaluate', 'grounding_table', 'heat_figure', 'sweep_figure']
 
-# %% ../../nbs/tasks/55_grounding.ipynb #bf568666
+# %% ../../nbs/tasks/55_grounding.ipynb #84b3ab47
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..settings import G2DError
 from ..checkpoint import Checkpoint
 from ..metrics import pointing_game
+from ..models.comparators import method_name
 from ..validation import findings_with_words, is_finding
 from .protocols import Protocol, protocol as named_protocol
 from .segmentation import _overlap, filled_boxes, pick_cases, target_mask, target_status
@@ -249,7 +250,7 @@ def _limited(view, asked, limit):
     keep = set(rows[np.unique(np.linspace(0, len(rows) - 1, limit).round().astype(int))].tolist())
     return [q for q in asked if q.row in keep]
 
-# %% ../../nbs/tasks/55_grounding.ipynb #56e8429d
+# %% ../../nbs/tasks/55_grounding.ipynb #b14c1065
 def evaluate(store, model, # a G2D, a `Checkpoint`, or the path of one
              protocol: str | Protocol = 'fixed', ask: str | dict = 'prompts', # prompts, labels, or {label: text or texts}
              templates: str | list = '{}', boxes: bool = False, # boxes as truth even where there are masks
@@ -262,7 +263,7 @@ def evaluate(store, model, # a G2D, a `Checkpoint`, or the path of one
     p = protocol if isinstance(protocol, Protocol) else named_protocol('grounding', protocol, dataset=store.manifest.get('source'))
     view, val, other, scheme = _parts(store, p, split)
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.load(model) if isinstance(model, (str, Path)) else None
-    if checkpoint is not None: check_start(Start('G2D', checkpoint.profile, checkpoint), view)
+    if checkpoint is not None: check_start(Start(method_name(checkpoint.profile), checkpoint.profile, checkpoint), view)
     model = checkpoint.model(device) if checkpoint is not None else model.to(device).eval()
     ask_of = lambda v: queries(v, ask, templates, boxes, p.positives_only) if v is not None else []
     asked, val_asked, crop = _limited(view, ask_of(view), limit), _limited(val, ask_of(val), limit) if p.threshold == 'validation' else [], _crop(model.profile)
@@ -270,15 +271,15 @@ def evaluate(store, model, # a G2D, a `Checkpoint`, or the path of one
     untrained = _untrained(model.profile, seed, device) if baselines else None
     sources = _sources(model, untrained, _average_masks(other, ask_of(other), crop), crop, p, device)
     return _result(model, view, asked, val, val_asked, sources if baselines else dict(model=sources['model']), crop, p, dict(scheme=scheme, split=split if split is None or isinstance(split, str) else list(split), boxes=boxes,
-        leaks=store.scheme(scheme).leaks if scheme != 'column' else {}, start='G2D' if checkpoint is not None else 'given', weights=model.image_encoder.weights, store=store.manifest.get('source', ''), store_hash=store.hash, average_mask_of='none' if other is None else f'{len(other)} films that are not tested'))
+        leaks=store.scheme(scheme).leaks if scheme != 'column' else {}, start=method_name(checkpoint.profile) if checkpoint is not None else 'given', weights=model.image_encoder.weights, store=store.manifest.get('source', ''), store_hash=store.hash, average_mask_of='none' if other is None else f'{len(other)} films that are not tested'))
 
-# %% ../../nbs/tasks/55_grounding.ipynb #51e95deb
+# %% ../../nbs/tasks/55_grounding.ipynb #62a2e0ae
 def _untrained(p, seed, device):
     "A network of the same architecture with random weights; the random numbers of the caller stay as they were."
-    from g2d.models.g2d import G2D
+    from g2d.models.comparators import build_model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return G2D(p.replace(pretrained=False)).to(device).eval()
+        return build_model(p.replace(pretrained=False)).to(device).eval()
 
 def _check_asked(store, view, asked, val_asked, ask, p, split):
     "One sentence where there is nothing to ask or to choose a threshold on."

@@ -6,7 +6,7 @@
 __all__ = ['Start', 'find_start', 'make_encoder', 'load_part', 'TaskNet', 'state_print', 'task_views', 'check_start', 'films',
            'Fitted', 'fit', 'patient_interval', 'TaskResult', 'summary_over_seeds']
 
-# %% ../../nbs/tasks/49_training.ipynb #15d7cdb6
+# %% ../../nbs/tasks/49_training.ipynb #2c6bfe77
 import hashlib, json, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +17,10 @@ from ..settings import G2DError
 from ..files import write_json
 from ..profiles import Profile, profile as named_profile
 from ..checkpoint import Checkpoint
+from ..models.comparators import method_name
 from .protocols import Protocol
 
-# %% ../../nbs/tasks/49_training.ipynb #ff89dffb
+# %% ../../nbs/tasks/49_training.ipynb #06552d77
 @dataclass
 class Start:
     "Where an encoder's weights come from."
@@ -36,7 +37,9 @@ def find_start(start: str | Path | Checkpoint | Start = 'random', # random, imag
     "Understand a start. Raises `G2DError` for one that is not there, or an ImageNet start of a profile that has none."
     if isinstance(start, Start): return start
     p = profile if isinstance(profile, Profile) else named_profile(profile or 'demo')
-    if isinstance(start, Checkpoint): return Start(name or f'{_kinds[start.profile.dense_target]} ' + ' + '.join(parts), start.profile, start, tuple(parts))
+    if isinstance(start, Checkpoint):
+        if 'decoder' in parts and not any(k.startswith('decoder.') for k in start.weights): raise G2DError(f'{start.path or "The checkpoint"} has no mask decoder ({method_name(start.profile)}); take its encoder alone.')
+        return Start(name or f'{method_name(start.profile)} ' + ' + '.join(parts), start.profile, start, tuple(parts))
     if str(start) == 'random': return Start(name or 'random', p.replace(pretrained=False))
     if str(start) == 'imagenet':
         if not p.pretrained: raise G2DError(f'The profile "{p.name}" names no ImageNet weights (pretrained=False); set pretrained to True, "offline" or a file.')
@@ -44,8 +47,6 @@ def find_start(start: str | Path | Checkpoint | Start = 'random', # random, imag
     if Path(start).is_dir() or _is_g2d(start): return find_start(Checkpoint.load(start), parts=parts, name=name)
     if not Path(start).is_file(): raise G2DError(f'There is no start "{start}"; expected random, imagenet, a G2D checkpoint or a weights file of timm.')
     return Start(name or Path(start).stem, p.replace(pretrained=str(start)))
-
-_kinds = dict(pseudo='G2D', none='global-only', shuffled='shuffled-masks', reconstruction='reconstruction') # what a checkpoint's decoder has learned
 
 def _is_g2d(path):
     "Whether a file is a checkpoint of this suite."

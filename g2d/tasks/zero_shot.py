@@ -147,23 +147,24 @@ def _from_file(path, labels, names):
         if not positive[label]: raise G2DError(f'{path}: "{key}" has no positive sentence.')
     return Prompts(path.stem, f'file {path.name}', positive, negative)
 
-# %% ../../nbs/tasks/54_zero_shot.ipynb #c52b4bb5
-def find_model(model='untrained', # a G2D, a Checkpoint, its file or folder, or "untrained"
+# %% ../../nbs/tasks/54_zero_shot.ipynb #f0d4eb75
+def find_model(model='untrained', # a model, a Checkpoint, its file or folder, or "untrained"
                profile=None, # of an untrained model
                device: str = 'cpu', seed: int = 0, name: str | None = None # for tables
-              ) -> tuple: # (G2D in evaluation mode, Start)
+              ) -> tuple: # (model in evaluation mode, Start)
     "A model and where it comes from. Raises `G2DError` for a file that is no checkpoint."
     import torch
-    from g2d.models.g2d import G2D
+    from g2d.models.comparators import build_model, method_name
     from g2d.tasks.training import Start, find_start
-    if isinstance(model, G2D): return model.to(device).eval(), Start(name or 'G2D', model.profile)
+    if isinstance(model, torch.nn.Module): return model.to(device).eval(), Start(name or method_name(model.profile), model.profile)
     if isinstance(model, str) and model == 'untrained':
         start = find_start('random', profile, name=name or 'untrained')
         start.profile = start.profile if not hasattr(profile, 'pretrained') else profile  # its own start, as before the pre-training
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return G2D(start.profile).to(device).eval(), start
-    start = find_start(model, name=name or 'G2D')
+            return build_model(start.profile).to(device).eval(), start
+    start = find_start(model, name=name)
+    start.name = name or method_name(start.profile)
     if start.checkpoint is None: raise G2DError(f'Zero-shot tasks need a G2D checkpoint with its text encoder, not "{model}".')
     return start.checkpoint.model(device), start
 
