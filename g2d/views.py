@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STEPS', 'new_figure', 'save_figure', 'show_film', 'steps_figure', 'sample_masks', 'loss_curves',
-           'overview', 'shrink_pictures']
+           'overview', 'show_figure', 'shrink_pictures']
 
 # %% ../nbs/70_views.ipynb #cd05212f
 from pathlib import Path
@@ -65,12 +65,13 @@ def steps_figure(images, # [B, 1, H, W] in [0, 1]
             if i == 0: axes[i, 1+heads+k].set_title(STEPS[name], fontsize=7)
     return figure
 
-# %% ../nbs/70_views.ipynb #047c068d
+# %% ../nbs/70_views.ipynb #27cdd00d
 def sample_masks(collected, # a `g2d.validation.Collected`
                  view, profile, path=None, limit=8):
     "Film, attention, pseudo-mask and prediction of held-out films; saved to `path` if given."
     order = np.argsort(~collected.truth.any((1, 2)), kind='stable')[:limit]
-    figure, axes = new_figure(4, len(order), 1.3)
+    maps = ['film, finding in green', 'attention', 'pseudo-mask in orange'] + ['prediction of the decoder']*(collected.predicted is not None)
+    figure, axes = new_figure(len(maps), len(order), 1.3)
     for column, i in enumerate(order):
         film, size = view.images[collected.rows[i]], collected.truth.shape[-1]
         edge = (film.shape[0]-size)//2 if film.shape[0] >= size else 0
@@ -78,12 +79,12 @@ def sample_masks(collected, # a `g2d.validation.Collected`
         show_film(axes[0, column], film, truth=collected.truth[i])
         show_film(axes[1, column], film, heat=collected.attention[i], truth=collected.truth[i])
         show_film(axes[2, column], film, pseudo=collected.pseudo[i], truth=collected.truth[i])
-        show_film(axes[3, column], film, heat=collected.predicted[i], truth=collected.truth[i])
-    for ax, name in zip(axes[:, 0], ('film, finding in green', 'attention', 'pseudo-mask in orange', 'prediction of the decoder')):
+        if collected.predicted is not None: show_film(axes[3, column], film, heat=collected.predicted[i], truth=collected.truth[i])
+    for ax, name in zip(axes[:, 0], maps):
         ax.set_title(name, fontsize=7, loc='left')
     return save_figure(figure, path) if path else figure
 
-# %% ../nbs/70_views.ipynb #e2e2db61
+# %% ../nbs/70_views.ipynb #375f16b5
 def _column(rows, x, y):
     "The numbers of two columns, where both are filled."
     pairs = [(float(r[x]), float(r[y])) for r in rows if r.get(y) not in (None, '')]
@@ -92,19 +93,20 @@ def _column(rows, x, y):
 def loss_curves(log, validation, path=None):
     "Losses over steps, and retrieval, pointing game and mask agreement over epochs; saved to `path` if given."
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 2.6), layout='constrained')
-    axes = figure.subplots(1, 3)
-    for ax, name in zip(axes, ('global', 'dense')):
+    losses = [name for name in ('global', 'dense', 'local', 'pixel', 'word') if name in ('global', 'dense') or _column(log, 'step', name)[0] or _column(validation, 'step', f'val_{name}')[0]]
+    figure = Figure(figsize=(3*len(losses) + 3, 2.6), layout='constrained')
+    axes = figure.subplots(1, len(losses) + 1)
+    for ax, name in zip(axes, losses):
         ax.plot(*_column(log, 'step', name), lw=.8, label='training')
         ax.plot(*_column(validation, 'step', f'val_{name}'), 'o-', ms=3, label='validation')
         ax.set(title=f'{name} loss', xlabel='step'); ax.legend(fontsize=7)
     for name in ('image_to_text_R@1', 'pointing_attention', 'pointing_named', 'mask_agreement'):
         x, y = _column(validation, 'epoch', name)
-        if x: axes[2].plot(x, y, 'o-', ms=3, label=name)
-    axes[2].set(title='held-out pairs', xlabel='epoch', ylim=(0, 1.25)); axes[2].legend(fontsize=6, ncols=2, loc='upper center')
+        if x: axes[-1].plot(x, y, 'o-', ms=3, label=name)
+    axes[-1].set(title='held-out pairs', xlabel='epoch', ylim=(0, 1.25)); axes[-1].legend(fontsize=6, ncols=2, loc='upper center')
     return save_figure(figure, path) if path else figure
 
-# %% ../nbs/70_views.ipynb #6e865cf2
+# %% ../nbs/70_views.ipynb #837a0ee5
 def overview(collected, view, index: int, path=None):
     "X-ray, attention, pseudo-mask and prediction of one held-out film with its report; saved to `path` if given."
     import textwrap
@@ -112,14 +114,31 @@ def overview(collected, view, index: int, path=None):
     size = collected.truth.shape[-1]
     edge = max((film.shape[0]-size)//2, 0)
     film, truth = film[edge:edge+size, edge:edge+size], collected.truth[index]
-    figure, axes = new_figure(1, 4, 2.3)
+    figure, axes = new_figure(1, 3 + (collected.predicted is not None), 2.3)
     show_film(axes[0, 0], film, truth=truth, title='X-ray (truth in green, never used)')
     show_film(axes[0, 1], film, heat=collected.attention[index], title='attention')
     show_film(axes[0, 2], film, pseudo=collected.pseudo[index], truth=truth, title='pseudo-mask')
-    show_film(axes[0, 3], film, heat=collected.predicted[index], title='prediction of the decoder')
+    if collected.predicted is not None: show_film(axes[0, 3], film, heat=collected.predicted[index], title='prediction of the decoder')
     words = ' '.join(collected.texts[index].split())
     figure.supxlabel('\n'.join(textwrap.wrap(words, 130)[:3]), fontsize=7)
     return save_figure(figure, path, dpi=100) if path else figure
+
+# %% ../nbs/70_views.ipynb #1c3acc9a
+def show_figure(figure, # of matplotlib
+                alt: str, # what it shows, for those who cannot see it
+                dpi=90):
+    "Display a figure in a notebook with alternative text, and close it. Raises `G2DError` without a text."
+    import base64, html, io
+    from IPython.display import HTML, display
+    from matplotlib import pyplot
+    from g2d.settings import G2DError
+    if not alt.strip(): raise G2DError('A figure needs an alternative text that says what it shows.')
+    data = {kind: io.BytesIO() for kind in ('png', 'jpeg')}
+    for kind, buffer in data.items(): figure.savefig(buffer, format=kind, dpi=dpi, facecolor='white', **(dict(pil_kwargs=dict(quality=82, optimize=True)) if kind == 'jpeg' else {}))
+    pyplot.close(figure)
+    kind = 'png' if data['png'].tell() < 40_000 else min(data, key=lambda k: data[k].tell())
+    code = base64.b64encode(data[kind].getvalue()).decode()
+    display(HTML(f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{code}" style="max-width:100%;background:#fff">'))
 
 # %% ../nbs/70_views.ipynb #5831e500
 def shrink_pictures(notebook: str | Path, quality=72 # JPEG quality
