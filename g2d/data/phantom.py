@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PHANTOM_FINDINGS', 'FIELD_MM', 'VISIBLE', 'Body', 'sample_body', 'Shot', 'sample_shot', 'patient_of', 'Finding',
-           'sample_findings', 'finding_prompt', 'Phantom', 'phantom', 'make_phantom_store']
+           'sample_findings', 'finding_prompt', 'Phantom', 'phantom', 'make_phantom_store', 'phantom_questions']
 
 # %% ../../nbs/data/13_phantom.ipynb #fbb05503
 import functools, math
@@ -1064,14 +1064,15 @@ def _splits(n, seed, split):
     names = list(split)
     return [names[where[patient_of(i)]] for i in range(n)]
 
-# %% ../../nbs/data/13_phantom.ipynb #3b3b5e58
+# %% ../../nbs/data/13_phantom.ipynb #623b037b
 _told = ('label', 'side', 'zone', 'size_mm', 'size', 'severity', 'kind', 'ratio', 'change')
+
+def _told_of(f): return {key: getattr(f, key) for key in _told if getattr(f, key) is not None}
 
 def _row(job):
     "Image and row of a store for (seed, size, index); a function of its own so that worker processes can run it."
     p = phantom(*job)
-    findings = [{key: getattr(f, key) for key in _told if getattr(f, key) is not None} for f in p.findings]
-    extra = dict(prompts=p.prompts, findings=findings, age=p.age, sex=p.sex, portable=p.portable, devices=p.devices)
+    extra = dict(prompts=p.prompts, findings=[_told_of(f) for f in p.findings], age=p.age, sex=p.sex, portable=p.portable, devices=p.devices)
     return p.image, dict(image_id=p.image_id, patient_id=p.patient_id, study_id=p.study_id, view=p.view, text=p.text, labels=p.labels, boxes=p.boxes, masks=p.masks, extra=extra)
 
 def _drawn_rows(jobs, workers):
@@ -1100,3 +1101,68 @@ def make_phantom_store(path, # folder of the store
         with tqdm(total=n, initial=n - len(todo), desc='phantoms', unit='image', mininterval=.5, disable=len(todo) < 200) as bar:
             for i, (image, row) in zip(todo, _drawn_rows([(seed, size, i) for i in todo], workers)): writer.add(image, split=names[i], **row); bar.update()
     return RadiographStore.open(path)
+
+# %% ../../nbs/data/13_phantom.ipynb #3c8265f7
+_questions = { # kind -> type, closed or open, wordings
+ 'presence': ('PRES', 'CLOSED', ('Does the film show {what}?', 'Can {what} be seen?', 'Do you see {what}?')),
+ 'device': ('DEVICE', 'CLOSED', ('Does the film show {what}?', 'Can {what} be seen?', 'Do you see {what}?')),
+ 'side': ('SIDE', 'CLOSED', ('Is the {name} on the left or on the right?', 'On which side is the {name}?')),
+ 'zone': ('ZONE', 'OPEN', ('In which lung zone is the {name}?', 'Which zone does the {name} lie in?')),
+ 'larger': ('SIZE', 'CLOSED', ('Is the {name} larger than {limit} mm?', 'Does the {name} measure more than {limit} mm?')),
+ 'amount': ('SIZE', 'OPEN', ('How large is the {name}?', 'What is the size of the {name}?')),
+ 'grade': ('SIZE', 'OPEN', ('How severe is the {name}?', 'What is the severity of the {name}?')),
+ 'count': ('COUNT', 'OPEN', ('How many findings are there?', 'What is the number of findings?')),
+ 'view': ('PLANE', 'CLOSED', ('Is this an AP or a PA film?', 'Was this film taken AP or PA?'))}
+_devices_asked = {'ECG leads': 'ECG leads', 'central line': 'a central line', 'pacemaker': 'a pacemaker', 'sternal wires': 'sternal wires'}
+_uncounted = ('consolidation', 'cardiomegaly', 'atelectasis', 'edema') # no article
+_limits = {'nodule': 17, 'mass': 48, 'foreign object': 20} # mm, near the median
+
+# %% ../../nbs/data/13_phantom.ipynb #fc765b33
+def _facts(findings, devices, view):
+    "(kind, subject, answer) of every question that one image can answer; `findings` as a store keeps them."
+    yes = lambda x: 'yes' if x else 'no'
+    facts = [('presence', label, yes(any(f['label'] == label for f in findings))) for label in PHANTOM_FINDINGS]
+    facts += [('device', name, yes(name in devices)) for name in _devices_asked] + [('count', '', str(len(findings))), ('view', '', view)]
+    for label in PHANTOM_FINDINGS:
+        these = [f for f in findings if f['label'] == label]
+        if len(these) != 1: continue
+        f = these[0]
+        if f.get('side') in _sides: facts.append(('side', label, f['side']))
+        if f.get('zone') in _zone_words and label not in ('pleural effusion', 'pneumothorax'): facts.append(('zone', label, f['zone']))
+        if label in _limits: facts.append(('larger', label, yes(f['size_mm'] > _limits[label])))
+        if f.get('size'): facts.append(('amount', label, f['size']))
+        if f.get('severity'): facts.append(('grade', label, f['severity']))
+    return facts
+
+# %% ../../nbs/data/13_phantom.ipynb #f142f9e7
+@functools.lru_cache(1)
+def _keep():
+    "Probability with which each (kind, subject, answer) is asked."
+    from collections import Counter
+    counts = Counter()
+    for i in range(1500):
+        _, shot, findings, _, _ = _plan(0, i)
+        counts.update(_facts([_told_of(f) for f in findings], shot.devices, shot.view))
+    rarest = {}
+    for (kind, subject, _), n in counts.items(): rarest[kind, subject] = min(n, rarest.get((kind, subject), n))
+    return {fact: rarest[fact[:2]]/n for fact, n in counts.items() if fact[0] != 'side'} # sides are drawn evenly: what they differ by here is chance
+
+# %% ../../nbs/data/13_phantom.ipynb #b089620b
+def phantom_questions(extra: dict, # of a phantom's row in a store: findings and devices
+                      view: str, # PA or AP
+                      image_id: str, # the draw of questions and wordings follows from it
+                      seed: int = 0 # another seed asks other questions
+                     ) -> list[dict]: # question, answer, type, answer_type
+    "Questions about one phantom with exact answers, every answer of a question about equally likely. Raises `G2DError` for a row that is no phantom's."
+    import zlib
+    if 'findings' not in extra: raise G2DError(f'{image_id} has no findings in its extra column: questions can be made for phantoms only.')
+    rng, asked = _rng(seed, 6, zlib.crc32(image_id.encode())), []
+    for kind, subject, answer in _facts(extra['findings'], extra.get('devices', []), view):
+        drawn, wording = rng.random(), rng.random()
+        if drawn >= _keep().get((kind, subject, answer), 1.): continue
+        type_, closed, wordings = _questions[kind]
+        name = 'pulmonary edema' if subject == 'edema' else subject
+        what = _devices_asked.get(subject) or (name if subject in _uncounted else 'a ' + name)
+        text = wordings[int(wording*len(wordings))].format(name=name, what=what, limit=_limits.get(subject))
+        asked.append(dict(question=text, answer=answer, type=type_, answer_type=closed))
+    return asked

@@ -42,8 +42,8 @@ class Protocol:
         return Protocol(self.task, self.name, self.dataset, self.fraction, self.values | overrides, self.sources | {s: 'changed by the user' for s in overrides})
     def to_dict(self) -> dict: return dict(task=self.task, name=self.name, dataset=self.dataset, fraction=self.fraction) | self.values
 
-# %% ../../nbs/tasks/50_protocols.ipynb #c0a6b64a
-def protocol(task: str, # segmentation, detection, linear, finetune, zero_shot, grounding, retrieval
+# %% ../../nbs/tasks/50_protocols.ipynb #fb804e1c
+def protocol(task: str, # segmentation, detection, linear, finetune, zero_shot, grounding, retrieval, vqa, report_generation
              name: str = 'fixed', # as_paper, as_mgca, as_medklip, fixed or demo
              dataset: str | None = None, # some values hold for one data set only
              fraction: float | None = None, # or for one fraction of the labels
@@ -155,3 +155,18 @@ _row('retrieval', 'precision_ks', 'cut-offs of precision by class', ((1, 5, 10, 
 _row('retrieval', 'hit_ks', 'cut-offs of Hit@K by class', ((1, 5, 10), 'BenchX: 1'))
 _row('retrieval', 'per_class', 'films a class, each with this one label alone', (200, 'GLoRIA: CheXpert 5x200'))
 _row('retrieval', 'queries', 'prompt set of the text queries for a class', ('own', 'ours: the queries of ConVIRT are private'))
+
+# %% ../../nbs/tasks/50_protocols.ipynb #f5dce324
+_ours = 'ours: neither paper states a protocol for this task'
+_scheme = dict(as_paper=('fixed', _ours), demo=('column', 'phantoms have one split'))
+_training('vqa', lr=dict(as_paper=(1e-4, _ours), demo=(1e-3, 'ours: few steps')), weight_decay=(.05, _ours), batch_size=dict(as_paper=(32, 'ours: films; all questions of a film are asked together'), demo=(16, 'ours: films')), epochs=dict(as_paper=(50, _ours), demo=(12, 'ours: two CPU cores')),
+    freeze=('no', _ours), augment=('recommended', 'ours: never mirrored, so a side keeps its name'), monitor=('val_loss', _ours), patience=(10, _ours), size=dict(as_paper=(None, 'ours: the crop of the profile')),
+    min_open=dict(doc='an open answer is learnt when so many training questions have it', as_paper=(3, _ours)),
+    dropout=dict(doc='before the answer layer', as_paper=(.1, _ours)))
+_row('vqa', 'scheme', 'split of the store; "column" = as it was prepared', **_scheme)
+for _setting in ('optimizer', 'betas'): _row('vqa', _setting, _table['vqa'][_setting]['doc'], (_table['vqa'][_setting]['as_paper'][0], _ours))
+_row('report_generation', 'scheme', 'split of the store; "column" = as it was prepared', **_scheme)
+_row('report_generation', 'decode', 'confidence (mask-predict) or left_to_right', ('confidence', 'ours: a model that learnt to fill masks is asked to fill them; mask-predict, Ghazvininejad et al. 2019'))
+_row('report_generation', 'steps', 'rounds of mask-predict', (10, 'mask-predict: 4 to 10'))
+_row('report_generation', 'length', 'tokens of a new report: sampled (from the training reports), median (of them) or own (of the true report: told to the model)', ('sampled', _ours))
+_row('report_generation', 'rouge_beta', 'weight of recall in ROUGE-L', (1.2, 'pycocoevalcap, as R2Gen and its successors'))
