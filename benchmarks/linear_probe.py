@@ -9,9 +9,10 @@ and no file; its time holds the encoder's one pass over the films. "In every epo
 validation, and for the test films at the end, as MGCA's code does. Intervals and curves are left out on both sides (`draws=0`). The sides take turns, so that a
 busy machine slows both. Times are those of whole probes, with building the network;
 the mean and spread of training features, which both need for their scale, are found in memory by the second. Ends with status 1 where the factor is under 20 or an AUROC differs by more than 1e-4."""
-import argparse, json, os, platform, sys, tempfile, time
+import argparse, json, sys, tempfile, time
 from pathlib import Path
 import numpy as np, torch
+from g2d.bench import machine
 from g2d.data.store import RadiographStore
 from g2d.data.phantom import make_phantom_store
 from g2d.profiles import profile
@@ -28,12 +29,6 @@ def probe(store, start, p, fraction, seed, device, cache):
     r = classification.finetune(store, start, p, fraction, seed, device=device, cache=cache, draws=0)
     if device != 'cpu': torch.cuda.synchronize()
     return time.perf_counter() - began, {m: v for m, v in r.metrics.items() if m.split('/')[0] == 'auroc'}, r.about
-
-
-def machine(device):
-    lines = open('/proc/cpuinfo') if os.path.exists('/proc/cpuinfo') else []
-    cpu = next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())
-    return f'{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, device {torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"}'
 
 
 def main():

@@ -4,14 +4,10 @@
 
 Prints images/s by CPU time (what one free core gives) and by the wall clock (what this machine gave), the command and the machine. Wanted: 100.
 """
-import argparse, os, platform, sys, tempfile, time
+import argparse, os, sys, tempfile, time
 for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[name] = '1'
-import numpy as np
+from g2d.bench import machine
 from g2d.data.phantom import make_phantom_store, phantom
-
-def cpu_name():
-    try: return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
 
 def measure(size, images, repeats=3):
     "Best of `repeats`: (images/s by CPU time, by wall clock)."
@@ -36,4 +32,4 @@ if __name__ == '__main__':
             make_phantom_store(folder + '/store', args.images, size=args.size, workers=0)
             print(f'store: {args.images/(time.process_time() - cpu):.0f} images/s by CPU time, {args.images/(time.perf_counter() - wall):.0f} by wall clock, one process')
     print(f'command: python {" ".join(sys.argv)}')
-    print(f'machine: {cpu_name()}, one core of {os.cpu_count()}, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, numpy {np.__version__}')
+    print(f'machine: one core of {machine()}')

@@ -16,14 +16,15 @@ Memory is the largest sum of PSS (shared pages counted once) over the process an
 the sum of RSS, which counts shared pages once for each process, stands beside it. Wanted: time ratio of the two sizes at most 4.4,
 memory under 600 MB, at least 0.8 of the bare speed. The shares of CPU time stand beside the speed, because they hold on a busy machine too. Ends with status 1 where one is missed.
 """
-import argparse, csv, os, platform, resource, subprocess, sys, tempfile, threading, time
+import argparse, csv, os, resource, subprocess, sys, tempfile, threading, time
 for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ[name] = '1'
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
-import numpy as np, PIL
+import numpy as np
 from PIL import Image
+from g2d.bench import machine
 
 HEIGHT, WIDTH, SIDE = 1800, 1500, 256
 
@@ -128,11 +129,6 @@ def released(folder, n, few):
     return seconds
 
 
-def cpu_name():
-    try: return next(line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--films', type=int, default=2000, help='films of the smaller set; the larger one has four times as many')
@@ -142,7 +138,7 @@ def main():
     parser.add_argument('--csv', help='also write the figures as a table')
     a = parser.parse_args()
     if not Path('/proc/self/smaps_rollup').exists(): sys.exit('memory is read from /proc/PID/smaps_rollup, which this system does not have')
-    print(f'$ python {" ".join(sys.argv)}\n{cpu_name()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, Pillow {PIL.__version__}', flush=True)
+    print(f'$ python {" ".join(sys.argv)}\n{machine()}', flush=True)
     rows, few, many = [], a.films, 4*a.films
     def say(side, n, seconds, cpu='', pss='', rss='', note=''):
         rows.append(dict(side=side, films=n, workers=a.workers if side != 'released' else 1, seconds=round(seconds, 2), films_per_second=round(n/seconds, 2), cpu_ms_per_film=cpu and round(1000*cpu/n, 2), peak_pss_mb=pss and round(pss), sum_rss_mb=rss and round(rss), note=note))

@@ -7,7 +7,7 @@ Bare papermill is a loop over `papermill.execute_notebook` in one process, with 
 (`--rounds` blocks), so that a busy moment of the machine hits both. Ends with status 1 where the overhead is above 10 %,
 or the finished table takes 2 s or more (a fresh Python process, its imports included).
 """
-import argparse, os, platform, subprocess, sys, tempfile, time
+import argparse, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import nbformat as nbf, pandas as pd
@@ -33,6 +33,7 @@ def main():
     p.add_argument('--csv', help='append the figures to this file')
     a = p.parse_args()
     import logging, papermill
+    from g2d.bench import machine
     from g2d.files import write_json
     from g2d.notebooks import _kernel_config
     from g2d.runs import plan_rows, read_rows, run_table
@@ -60,7 +61,7 @@ def main():
             times.append(time.perf_counter() - started)
             assert f'{a.rows} done of {a.rows}' in text, text
     overhead, recognised = ours/bare - 1, sorted(times)[len(times)//2]
-    row = dict(command='python benchmarks/runs.py ' + ' '.join(sys.argv[1:]), machine=f'{platform.machine()}, {os.cpu_count()} cores', runs=a.runs, bare_s=round(bare, 2), runner_s=round(ours, 2), overhead=round(overhead, 4),
+    row = dict(command='python benchmarks/runs.py ' + ' '.join(sys.argv[1:]), machine=machine(), runs=a.runs, bare_s=round(bare, 2), runner_s=round(ours, 2), overhead=round(overhead, 4),
                rows=a.rows, recognised_s=round(recognised, 3), slowest_s=round(max(times), 3))
     for key, value in row.items(): print(f'{key:14} {value}')
     if a.csv: pd.DataFrame([row]).to_csv(a.csv, mode='a', header=not Path(a.csv).exists(), index=False)

@@ -47,12 +47,12 @@ def _table(rows, head):
     body = ''.join('<tr>' + ''.join(f'<td>{cell(v)}</td>' for v in row) + '</tr>' for row in rows)
     return '<table><tr>' + ''.join(f'<th>{html.escape(h)}</th>' for h in head) + f'</tr>{body}</table>'
 
-# %% ../nbs/81_demo.ipynb #7f89ae9f
+# %% ../nbs/81_demo.ipynb #6a34cdfc
 _FIGURES = {'image_to_text_R@1': 'image to text, R@1', 'image_to_text_R@5': 'image to text, R@5', 'chance_R@1': 'chance, R@1', 'times_chance': 'R@1 as a multiple of chance', 'distinct_texts': 'distinct texts',
             'pointing_attention': 'pointing game, attention', 'pointing_similarity': 'pointing game, similarity of the report', 'pointing_named': 'pointing game, one sentence for one finding',
             'mask_agreement': 'IoU of masks of different films (near 1 = a stencil)', 'iou_pseudo': 'IoU pseudo-mask and finding', 'iou_predicted': 'IoU prediction and finding',
             'first_loss': 'loss, first ten steps', 'last_loss': 'loss, last ten steps', 'minutes': 'minutes', 'dice': 'Dice'}
-_LONG = ('results.csv', 'seeds.csv') # a row a seed and metric: for programs, not for the page
+_LONG = ('results.csv',) # a row a seed and metric: for programs, not for the page
 
 def _section(title, folder):
     "Heading, figures and pictures of one run."

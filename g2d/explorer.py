@@ -460,7 +460,7 @@ def _draw_head(self: Session, choice, k):
     rgb = heat_over(self._grey(choice, SIDES['head']), _unit(enlarge(cells, SIDES['head'])))
     return encode(rgb, f'head {k+1}', f'Attention of head {k+1} over the film; its largest cell holds {cells.max():.0%} of the attention')
 
-# %% ../nbs/71_explorer.ipynb #0e5073ef
+# %% ../nbs/71_explorer.ipynb #83774ac1
 @patch
 def _draw(self: Session, name, choice):
     "One picture by its name."
@@ -469,7 +469,9 @@ def _draw(self: Session, name, choice):
     seen, side = self.seen(choice), SIDES['mask' if name == 'mask' else 'small']
     truth, grey = seen.truths.get(self.truth), self._grey(choice, side)
     told = f'; the dashed outline is the truth, {self.truth}' if truth is not None else ''
-    if name == 'seen': return encode(enlarge(seen.images[0, 0].cpu().numpy()*255, side, True), 'what the model sees', f'The film in the {seen.images.shape[-1]} x {seen.images.shape[-1]} pixels that the model sees')
+    if name == 'seen':
+        pixels = seen.images[0, 0].cpu().numpy()*255
+        return encode(enlarge(pixels, side, True), 'what the model sees', f'The film in the {len(pixels)} x {len(pixels)} pixels that the model sees')
     rgb = np.repeat(grey[..., None], 3, 2)
     if name == 'film': return encode(_paint(rgb, truth, COLOURS['truth'], True), 'film', f'The film {self.film.name}{told}')
     if name == 'mask':
@@ -580,9 +582,10 @@ def row_text(self: Session, choice: Choice, kind: str = 'yaml') -> str:
     writer = csv.DictWriter(file, list(cells), lineterminator='\n'); writer.writeheader(); writer.writerow(cells)
     return file.getvalue()
 
-# %% ../nbs/71_explorer.ipynb #d95ea8b2
+# %% ../nbs/71_explorer.ipynb #577ef66f
 _STYLE = '''<style>
-.g2d-app{font-size:13px;max-width:1680px;overflow:visible}.g2d-row{gap:14px;overflow:visible;align-items:flex-start}.g2d-app .g2d-side{flex:0 0 316px;gap:8px}.g2d-app .g2d-main{flex:1 1 0;min-width:0;gap:8px;container-type:inline-size;overflow:visible}
+.g2d-app{font-size:13px;max-width:1680px;overflow:visible}.g2d-row{gap:14px;overflow:visible;align-items:flex-start}
+.g2d-app .g2d-side{flex:0 0 316px;gap:8px}.g2d-app .g2d-main{flex:1 1 0;min-width:0;gap:8px;container-type:inline-size;overflow:visible}
 .g2d-card{border:1px solid var(--jp-border-color2,#ddd);border-radius:8px;padding:8px 10px;background:var(--jp-layout-color1,#fff);overflow:visible;margin:0}
 .g2d-card h4{margin:0 0 4px;font-size:12px;letter-spacing:.05em;text-transform:uppercase;color:var(--jp-ui-font-color2,#555)}
 .g2d-card .widget-html-content,.g2d-app .widget-html-content{line-height:1.4}.g2d-app .widget-html{margin:0;overflow:visible;height:auto}
@@ -600,8 +603,12 @@ _STYLE = '''<style>
 .g2d-numbers{display:flex;flex-wrap:wrap;gap:8px}.g2d-number{border:1px solid var(--jp-border-color2,#ddd);border-radius:8px;padding:4px 12px;min-width:92px}
 .g2d-number b{display:block;font-size:19px;font-variant-numeric:tabular-nums;font-weight:600}.g2d-number span{font-size:11.5px;color:var(--jp-ui-font-color2,#555)}
 .g2d-key i{display:inline-block;width:26px;height:0;border-top:3px solid;vertical-align:middle;margin:0 5px 0 12px}.g2d-key i.dashed{border-top-style:dashed}
-.g2d-export a{color:#0072b2;text-decoration:underline}.g2d-app textarea{font-size:12.5px;line-height:1.35;font-family:inherit;field-sizing:content;min-height:5em;height:auto}.g2d-app .widget-textarea{height:auto;flex-direction:column;align-items:stretch}.g2d-app .widget-textarea label{text-align:left;height:auto}.g2d-app :focus-visible{outline:2px solid #0072b2;outline-offset:1px}
-@container (max-width:520px){.g2d-view>.g2d-mask,.g2d-view>.g2d-smalls{grid-column:1/-1}.g2d-steps{grid-template-columns:repeat(3,minmax(0,1fr))}.g2d-sides{flex-direction:column;align-items:stretch}}
+.g2d-export a{color:#0072b2;text-decoration:underline}
+.g2d-app textarea{font-size:12.5px;line-height:1.35;font-family:inherit;field-sizing:content;min-height:5em;height:auto}
+.g2d-app .widget-textarea{height:auto;flex-direction:column;align-items:stretch}.g2d-app .widget-textarea label{text-align:left;height:auto}
+.g2d-app :focus-visible{outline:2px solid #0072b2;outline-offset:1px}
+@container (max-width:520px){.g2d-view>.g2d-mask,.g2d-view>.g2d-smalls{grid-column:1/-1}
+.g2d-steps{grid-template-columns:repeat(3,minmax(0,1fr))}.g2d-sides{flex-direction:column;align-items:stretch}}
 </style>'''
 
 def _figure_html(picture) -> str:
@@ -655,7 +662,7 @@ class _Side:
             if self.shown.get(name) is picture: continue
             self.places[name].value, self.shown[name] = _figure_html(picture), picture
 
-# %% ../nbs/71_explorer.ipynb #579b342e
+# %% ../nbs/71_explorer.ipynb #95fe415c
 def _controls() -> dict: # name -> widget
     "All controls by name."
     import ipywidgets as w
@@ -665,7 +672,8 @@ def _controls() -> dict: # name -> widget
              place=w.BoundedIntText(description='Film', value=1, min=1, tooltip='number of the film; arrow keys step through them', **wide),
              back=w.Button(description='Previous', icon='arrow-left', tooltip='the film before', layout=w.Layout(width='auto', flex='1')),
              on=w.Button(description='Next', icon='arrow-right', tooltip='the next film', layout=w.Layout(width='auto', flex='1')),
-             upload=w.FileUpload(description='Upload an X-ray', accept='.png,.jpg,.jpeg,.tif,.tiff,.bmp,.dcm,.dicom', tooltip='PNG, JPEG, TIFF or DICOM; it stays on this machine', layout=w.Layout(width='100%')),
+             upload=w.FileUpload(description='Upload an X-ray', accept='.png,.jpg,.jpeg,.tif,.tiff,.bmp,.dcm,.dicom',
+                                 tooltip='PNG, JPEG, TIFF or DICOM; it stays on this machine', layout=w.Layout(width='100%')),
              path=w.Text(description='or a file', placeholder='path on this machine, Enter', continuous_update=False, tooltip='for files too large for a browser', **wide),
              truth=w.Dropdown(description='Truth', tooltip='what the maps are compared with; dashed in the pictures', **wide),
              report=w.Textarea(description='Report', rows=5, tooltip='report of the film; edit it, or leave it empty', **wide),
@@ -678,7 +686,8 @@ def _controls() -> dict: # name -> widget
 def _mask_controls(w, wide, ticks):
     from g2d.profiles import NAMES
     slider = lambda name, value, low, high, step, tip, kind=w.FloatSlider, **more: kind(value=value, min=low, max=high, step=step, description=name, tooltip=tip, **wide, **more)
-    return dict(profile=w.Dropdown(description='Profile', options=[('the checkpoint’s own', ''), *((n, n) for n in NAMES), ('(changed by hand)', 'hand')], value='', tooltip='all settings of the mask at once', **wide),
+    return dict(profile=w.Dropdown(description='Profile', options=[('the checkpoint’s own', ''), *((n, n) for n in NAMES), ('(changed by hand)', 'hand')], value='',
+                                   tooltip='all settings of the mask at once', **wide),
                 percentile=slider('Percentile', .85, .5, .99, .01, 'scores below this quantile are dropped', readout_format='.2f'),
                 upsample=w.Dropdown(description='Up-sampling', options=['bilinear', 'nearest', 'bicubic'], tooltip='from cells to pixels', **wide),
                 over=w.Dropdown(description='Counted', options=[('over the image', 'image'), ('over the body', 'body')], tooltip='pixels that the percentile counts', **wide),
@@ -690,11 +699,13 @@ def _mask_controls(w, wide, ticks):
                 sigma_color=slider('σ colour', 1., .05, 2., .05, 'at 0.3 and below the filter changes nothing', readout_format='.2f'),
                 sigma_space=slider('σ space', 3., .25, 10., .25, 'in pixels that the model sees', readout_format='.2f'))
 
+# %% ../nbs/71_explorer.ipynb #0171c03a
 def _buttons(w):
     button = lambda text, icon, tip: w.Button(description=text, icon=icon, tooltip=tip, layout=w.Layout(width='auto'))
     return dict(pin=button('Keep as “before”', 'thumb-tack', 'keep this model and these settings; what you change next is compared with them'),
                 swap=button('Swap', 'exchange', 'exchange before and now'), unpin=button('End comparison', 'times', 'show one side again'),
-                png=button('PNG', 'picture-o', 'export the figure as PNG'), svg=button('SVG', 'picture-o', 'export the figure as SVG'), row=button('Run row', 'table', 'export the parameters as a row for g2d run'))
+                png=button('PNG', 'picture-o', 'export the figure as PNG'), svg=button('SVG', 'picture-o', 'export the figure as SVG'),
+                row=button('Run row', 'table', 'export the parameters as a row for g2d run'))
 
 # %% ../nbs/71_explorer.ipynb #3743c51a
 class Explorer:
@@ -722,7 +733,7 @@ class Explorer:
         from IPython.display import display
         display(self.ui)
 
-# %% ../nbs/71_explorer.ipynb #b6841367
+# %% ../nbs/71_explorer.ipynb #f11677b4
 @patch
 def _layout(self: Explorer):
     "Cards on the left, pictures on the right."
@@ -730,7 +741,8 @@ def _layout(self: Explorer):
     css = lambda widget, name: (widget.add_class(name), widget)[1]
     card = lambda title, *rows: css(w.VBox([w.HTML(f'<h4>{title}</h4>'), *rows]), 'g2d-card')
     names = lambda *keys: [c[k] for k in keys]
-    left = [card('X-ray', *names('which', 'place'), w.HBox(names('back', 'on')), *names('upload', 'path', 'truth')), card('Words', *names('report', 'phrase')), card('Model', *names('model', 'epoch', 'head')),
+    left = [card('X-ray', *names('which', 'place'), w.HBox(names('back', 'on')), *names('upload', 'path', 'truth')), card('Words', *names('report', 'phrase')),
+            card('Model', *names('model', 'epoch', 'head')),
             card('Pseudo-mask', *names('profile', 'percentile', 'upsample', 'body_mask', 'over', 'threshold', 'strict', 'smooth', 'kernel_size', 'sigma_color', 'sigma_space'))]
     from g2d.views import COLOURS
     line = lambda name, label, dashed='': f'<i class="{dashed}" style="color:{COLOURS[name]}"></i>{label}'
@@ -943,7 +955,7 @@ def _model_name(self: Explorer, key):
     try: return model_label(next((h for h in self.headers if h['path'] == key), None) or read_header(key))
     except G2DError: return Path(key).name   # loaded before its file went away
 
-# %% ../nbs/71_explorer.ipynb #7dab47ee
+# %% ../nbs/71_explorer.ipynb #95d7af8b
 @patch
 def _connect(self: Explorer):
     "Let every control call what it means."
@@ -951,7 +963,8 @@ def _connect(self: Explorer):
     for name in Choice().processor: on(name, lambda value, name=name: self._setting(name, value))
     on('which', lambda value: self._filter()); on('place', lambda value: self._next_film()); on('upload', self._upload); on('path', self._path)
     on('truth', lambda value: self._word('truth', value)); on('report', lambda value: self._word('text', value)); on('phrase', lambda value: self._word('phrase', value))
-    on('model', self._choose_model); on('epoch', self._choose_epoch); on('head', lambda value: self._choose(head=None if value < 0 else value)); on('profile', self._choose_profile)   # -1, because a menu takes None for no selection
+    on('model', self._choose_model); on('epoch', self._choose_epoch); on('profile', self._choose_profile)
+    on('head', lambda value: self._choose(head=None if value < 0 else value))   # -1, because a menu takes None for no selection
     click = lambda name, work: c[name].on_click(self._safe(lambda button: work()))
     click('back', lambda: self._move(-1)); click('on', lambda: self._move(1)); click('pin', self.pin); click('swap', self.swap); click('unpin', self.unpin)
     for kind in ('png', 'svg', 'row'): click(kind, lambda kind=kind: self.export(kind))
@@ -976,6 +989,7 @@ def _profile_name(self: Explorer):
     if self.choice.processor == settings_of(self.session.model(self.choice.model).profile): return ''
     return next((n for n in NAMES if settings_of(profile(n)) == self.choice.processor), 'hand')
 
+# %% ../nbs/71_explorer.ipynb #16b872e0
 @patch
 def _choose_profile(self: Explorer, name):
     from g2d.profiles import profile
@@ -1071,8 +1085,9 @@ def _choose_epoch(self: Explorer, name):
     else: self._redraw()
     self._show_epoch(name)
 
-# %% ../nbs/71_explorer.ipynb #ee54fdf6
-_CURVES = {'pointing_attention': 'attention hits', 'pointing_named': 'named finding hit', 'iou_pseudo': 'IoU mask', 'iou_predicted': 'IoU prediction', 'mask_agreement': 'masks agree', 'image_to_text_R@1': 'R@1'}
+# %% ../nbs/71_explorer.ipynb #af39b363
+_CURVES = {'pointing_attention': 'attention hits', 'pointing_named': 'named finding hit', 'iou_pseudo': 'IoU mask',
+           'iou_predicted': 'IoU prediction', 'mask_agreement': 'masks agree', 'image_to_text_R@1': 'R@1'}
 
 @patch
 def _show_epoch(self: Explorer, name):
@@ -1083,11 +1098,13 @@ def _show_epoch(self: Explorer, name):
     row, start = kept.figures.get(number, {}), kept.figures.get(0, {})
     cell = lambda values, k: f'{float(values[k]):.3f}' if values.get(k) else '–'
     table = ''.join(f'<div class="g2d-number"><b>{cell(start, k)} → {cell(row, k)}</b><span>{label}</span></div>' for k, label in _CURVES.items() if row.get(k))
-    why = f'Weights of {len(kept.weights)} epochs are kept: the slider changes the model.' if kept.weights else 'Only pictures of the epochs are kept; a pre-training with --keep-epochs keeps weights, too.'
+    why = f'Weights of {len(kept.weights)} epochs are kept: the slider changes the model.' if kept.weights else \
+        'Only pictures of the epochs are kept; a pre-training with --keep-epochs keeps weights, too.'
     picture = ''
     if name != 'last' and (path := kept.pictures.get(number)) and path.is_file():
         alt = f'Held-out films after epoch {number}: film, attention, pseudo-mask and prediction'
-        picture = f'<figure><img style="aspect-ratio:auto;background:none" alt="{alt}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"><figcaption>{alt}</figcaption></figure>'
+        data = base64.b64encode(path.read_bytes()).decode()
+        picture = f'<figure><img style="aspect-ratio:auto;background:none" alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{alt}</figcaption></figure>'
     self.epochs.value = f'<div class="g2d-card"><h4>Training: epoch 0 → {number}, all held-out films</h4><div class="g2d-numbers">{table}</div><div>{why}</div>{picture}</div>'
 
 # %% ../nbs/71_explorer.ipynb #855ea141
@@ -1142,12 +1159,13 @@ def export(self: Explorer, kind: str # png, svg, or row (YAML and CSV)
     self.say(f'Exported {", ".join(p.name for p in paths)}.')
     return paths
 
-# %% ../nbs/71_explorer.ipynb #b47fca61
+# %% ../nbs/71_explorer.ipynb #8c7abe5f
 _APP = {'markdown': '''# g2d explorer
 
 > From attention to pseudo-mask, on one X-ray
 
-In JupyterLab choose Run, then Run All Cells. The film comes at once, the model some seconds later. Everything works with the keyboard: Tab goes from control to control, arrow keys move sliders.''',
+In JupyterLab choose Run, then Run All Cells. The film comes at once, the model some seconds later.
+Everything works with the keyboard: Tab goes from control to control, arrow keys move sliders.''',
         'code': '''#| eval: false
 from g2d.explorer import from_environment
 from_environment()'''}

@@ -36,9 +36,14 @@ def average_heads(attention: Float[Tensor, "b heads h w"] # attention of the poo
     "Mean over the heads (paper, Eq. 2)."
     return attention.mean(1, keepdim=True)
 
-# %% ../nbs/30_pseudo_mask.ipynb #b72ed745
+# %% ../nbs/30_pseudo_mask.ipynb #dc2edd48
 def _interpolate(x, size, mode):
     return F.interpolate(x, size, mode=mode, align_corners=None if mode == 'nearest' else False)
+
+@functools.lru_cache(16)
+def _weights(n, m, mode, dtype):
+    "Matrix [m, n]: what each of n cells counts in each of m pixels."
+    return _interpolate(torch.eye(n, dtype=dtype)[None, None], (m, n), mode)[0, 0]
 
 def upsample_map(scores: Float[Tensor, "b c h w"], # averaged attention
                  size: tuple, # (H, W) of the image
@@ -46,8 +51,7 @@ def upsample_map(scores: Float[Tensor, "b c h w"], # averaged attention
                 ) -> Float[Tensor, "b c height width"]:
     "Interpolate the cells to pixels (paper, section 3.2; the kind of interpolation is not named there)."
     if scores.device.type == 'cpu':
-        eyes = (torch.eye(n, dtype=scores.dtype)[None, None] for n in scores.shape[-2:])
-        rows, columns = (_interpolate(eye, (m, eye.shape[-1]), mode)[0, 0] for eye, m in zip(eyes, size))
+        rows, columns = (_weights(n, int(m), mode, scores.dtype) for n, m in zip(scores.shape[-2:], size))
         result = torch.matmul(rows @ scores, columns.T, out=_memory('scores', (*scores.shape[:2], *size), scores))
     else: result = _interpolate(scores, tuple(size), mode)
     return result.clamp_(min=0) if mode == 'bicubic' else result
@@ -97,7 +101,7 @@ def inversion_score(grid: Float[Tensor, "b n n"] # films in [0, 1], sampled on a
     mediastinum, lungs, middle, corners = (rows @ regions/count.clamp(min=1)).unbind(1)
     return mediastinum - lungs + torch.where(count[:, 3] > 0, middle - corners, 0)
 
-# %% ../nbs/30_pseudo_mask.ipynb #d6ad4659
+# %% ../nbs/30_pseudo_mask.ipynb #4eae7ace
 _grid = 64   # cells a side of the body mask
 
 def _enlarge(grid, size):
@@ -118,7 +122,7 @@ def _sample_grid(images):
     "The pixel in the middle of each of 64 x 64 cells; a plain slice where the size is a multiple."
     (h, w), n = images.shape[-2:], _grid
     if h % n or w % n: return F.interpolate(images, (n, n), mode='nearest-exact')
-    return images[..., h//n//2::h//n, w//n//2::w//n]
+    return images[..., h//n//2::h//n, w//n//2::w//n].contiguous()
 
 def body_grid(images: Float[Tensor, "b c height width"], # [0, 1]
              ) -> Bool[Tensor, "b n n"]: # True = patient
@@ -151,23 +155,26 @@ def _positions(count, size, q):
     low = position.floor()
     return low.long() + size - count, (position - low).float()
 
-# %% ../nbs/30_pseudo_mask.ipynb #bd952ef1
+# %% ../nbs/30_pseudo_mask.ipynb #f046cde1
 def _neighbours(rows, low):
     "The score at ascending position `low` [B] of each row, and the next one: two tensors [B]."
     if rows.device.type != 'cpu':
         ordered = rows.sort(1).values
         at = torch.stack([low, (low + 1).clamp(max=rows.shape[1] - 1)], 1)
         return ordered.gather(1, at).unbind(1)
-    pad = int(low.max() - low.min())
-    if pad: # + infinity for the films whose position is beyond the smallest one
-        wanted = (low - low.min())[:, None] > torch.arange(pad)
-        rows = torch.cat([rows, torch.where(wanted, math.inf, -math.inf)], 1)
-    at = int(low.min()) + pad
-    ordered = _memory('ordered', rows.shape, rows).copy_(rows)
-    ordered.numpy().partition(at, axis=1)
-    lower = ordered[:, at]
-    upper = ordered[:, at+1:].amin(1) if at + 1 < rows.shape[1] else lower
-    return lower, torch.where(upper.isinf(), lower, upper)
+    found = np.array([_two_at(row, at) for row, at in zip(rows.numpy(), low.tolist())], np.float32).reshape(-1, 2)
+    return torch.from_numpy(found).to(rows.dtype).unbind(1)
+
+def _two_at(row, at, step=37):
+    "The scores at the ascending positions `at` and `at + 1` (the last one twice at the end)."
+    n, following = len(row), min(at + 1, len(row) - 1)
+    sample = np.sort(row[::step])
+    middle, slack = at/n*len(sample), 4*np.sqrt(max(at*(n - at)/n**2*len(sample), 1)) + 2   # four standard deviations
+    low, high = sample[max(int(middle - slack), 0)], sample[min(int(middle + slack) + 1, len(sample) - 1)]
+    below, between = np.count_nonzero(row < low), row[(row >= low) & (row <= high)]
+    if not below <= at <= following < below + len(between): below, between = 0, row           # an unlucky sample
+    pair = np.partition(between, (at - below, following - below))
+    return pair[at - below], pair[following - below]
 
 # %% ../nbs/30_pseudo_mask.ipynb #1bce83ac
 def row_quantile(rows: Float[Tensor, "b n"], # scores >= 0; those that do not count are 0
@@ -266,7 +273,7 @@ def gaussian_blur(mask: Float[Tensor, "b c h w"], kernel_size: int, sigma: float
     blur = _blur_blocks if mask.device.type == 'cpu' else _blur_shifts
     return blur(mask.reshape(-1, *mask.shape[-2:]).contiguous(), kernel_size, sigma).view(mask.shape)
 
-# %% ../nbs/30_pseudo_mask.ipynb #6e40acba
+# %% ../nbs/30_pseudo_mask.ipynb #fa02a8f9
 def bilateral_binary(mask: Float[Tensor, "b c h w"], # 0 or 1
                      kernel_size: int = 9, # pixels, odd
                      sigma_color: float = 1., # range parameter, in units of the mask (0..1)
@@ -274,10 +281,11 @@ def bilateral_binary(mask: Float[Tensor, "b c h w"], # 0 or 1
                      out: Tensor | None = None # where to write; None = new memory
                     ) -> Float[Tensor, "b c h w"]: # [0, 1]
     "Bilateral filter of a binary mask, exactly: one Gaussian blur and a formula."
-    w = math.exp(-.5/sigma_color**2)
-    d = gaussian_blur(mask, kernel_size, sigma_space).sub_(mask)
-    size = torch.abs(d, out=_memory('middle', d.shape, d))
-    return torch.addcdiv(mask, d, size.mul_(w - 1).add_(1), value=w, out=d if out is None else out)
+    w = max(math.exp(-.5/sigma_color**2), 1e-12)
+    blurred = gaussian_blur(mask, kernel_size, sigma_space)
+    rest = torch.lerp(mask.new_tensor(1/w), mask.new_tensor(w), mask, out=_memory('middle', mask.shape, mask)) # r
+    rest.lerp_(mask.new_ones(1), blurred)                                                                   # S + (1 - S) r
+    return torch.div(blurred, rest, out=blurred if out is None else out)
 
 # %% ../nbs/30_pseudo_mask.ipynb #5961ee41
 def _check(attention, images, look):
@@ -302,8 +310,8 @@ def _thresholds(masked, body, rule, q, over):
     else: result = row_quantile(rows, .5 if rule == 'median' else q, count)
     return result.view(masked.shape[:2])
 
-# %% ../nbs/30_pseudo_mask.ipynb #d69cd377
-_piece = 32   # films a CPU works on at a time
+# %% ../nbs/30_pseudo_mask.ipynb #6a84d082
+_piece, _few = 32, 16   # films a CPU works on at a time: small maps, full-size maps
 _choices = dict(upsample=('bilinear', 'nearest', 'bicubic'), over=('image', 'body'), threshold=('percentile', 'median', 'mean', 'gmm'))
 
 def _refuse(s):
@@ -380,7 +388,7 @@ def steps(self: PseudoMask, attention: Float[Tensor, "b heads h w"], # >= 0, fro
         averaged = self._start(attention, images)
         return dict(averaged=averaged, **self._finish(averaged, self._grid_of(images), images.shape[-2:]))
 
-# %% ../nbs/30_pseudo_mask.ipynb #001421cf
+# %% ../nbs/30_pseudo_mask.ipynb #3db7b945
 @patch
 def forward(self: PseudoMask, attention: Float[Tensor, "b heads h w"], images: Float[Tensor, "b channels height width"]
            ) -> Float[Tensor, "b maps height width"]: # [B, 1, H, W]; with `per_head` [B, heads, H, W]
@@ -392,7 +400,11 @@ def forward(self: PseudoMask, attention: Float[Tensor, "b heads h w"], images: F
         piece = _piece if images.device.type == 'cpu' else max(1, len(images))
         def work(cut):
             _local.reuse = True
-            try: self._finish(averaged[cut], self._grid_of(images[cut]), images.shape[-2:], result[cut])
+            try:
+                grid, part, target = self._grid_of(images[cut]), averaged[cut], result[cut]
+                for at in range(0, len(part), _few): # full-size maps of a few films stay in the cache of a core
+                    few = slice(at, at + (_few if images.device.type == 'cpu' else len(part)))
+                    self._finish(part[few], None if grid is None else grid[few], images.shape[-2:], target[few])
             finally: _local.reuse = False
         for_each_piece(work, [(slice(at, at + piece),) for at in range(0, len(images), piece)], images.device)
     return result

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['columns', 'to_uint8', 'zero_borders', 'fit', 'rle_encode', 'rle_decode', 'is_half_written', 'StoreWriter', 'RowsOf',
-           'RadiographStore']
+           'RadiographStore', 'ShardedStore']
 
-# %% ../../nbs/data/10_store.ipynb #1f970b4d
-import contextlib, hashlib, itertools, json, os, shutil, time
+# %% ../../nbs/data/10_store.ipynb #1d8c1398
+import contextlib, copy, hashlib, itertools, json, os, shutil, time
 from pathlib import Path
 from collections import Counter
 import numpy as np, pandas as pd
@@ -511,7 +511,7 @@ class RowsOf:
     def dtype(self): return self.base.dtype
     ndim = 3
 
-# %% ../../nbs/data/10_store.ipynb #acdc0cbe
+# %% ../../nbs/data/10_store.ipynb #1562f3cf
 class RadiographStore:
     "Images `[N, H, W]` with their index; open with `RadiographStore.open(path)`."
     def __init__(self, path, index, manifest, rows=None):
@@ -535,13 +535,14 @@ class RadiographStore:
 
     def __len__(self): return len(self.index)
     def __repr__(self): return f'RadiographStore({str(self.path)!r}, {len(self)} images of {self.size[0]} x {self.size[1]}{", a selection" if self.is_view else ""})'
+    def _open_images(self): return np.load(self.path/'images.npy', mmap_mode='r', allow_pickle=False)
     def __getstate__(self): return self.__dict__ | dict(_base=None) # a memory map would be copied whole into a worker
 
-# %% ../../nbs/data/10_store.ipynb #63063752
+# %% ../../nbs/data/10_store.ipynb #f9a8cf98
 @patch(as_prop=True)
 def images(self: RadiographStore):
     "uint8 `[N, H, W]`, read-only: row i belongs to `index.iloc[i]`. A memory map, or rows of one for a selection."
-    if self._base is None: self._base = np.load(self.path/'images.npy', mmap_mode='r', allow_pickle=False)
+    if self._base is None: self._base = self._open_images()
     return RowsOf(self._base, self.rows) if self.is_view else self._base
 
 @patch(as_prop=True)
@@ -595,7 +596,7 @@ def scheme(self: RadiographStore, name: str # official, as_paper, as_mgca, fixed
     if name not in self.schemes: raise G2DError(f'{self.path} has no split "{name}"; it has {", ".join(self.schemes) or "none"}.')
     return load_scheme(self.path/'splits'/f'{name}.json')
 
-# %% ../../nbs/data/10_store.ipynb #b06b1d51
+# %% ../../nbs/data/10_store.ipynb #1650fdea
 @patch
 def select(self: RadiographStore,
            split: str | None = None, # rows of this split
@@ -620,6 +621,48 @@ def select(self: RadiographStore,
     if fraction is not None:
         from g2d.data.splits import fraction_ids
         keep &= self.index['image_id'].isin(fraction_ids(self.index[keep], fraction, seed)).to_numpy(bool)
-    store = RadiographStore(self.path, self.index[keep].reset_index(drop=True), self.manifest, self.rows[keep])
-    store._base = self._base
+    store = copy.copy(self)
+    store.index, store.rows, store.is_view = self.index[keep].reset_index(drop=True), self.rows[keep], True
     return store
+
+# %% ../../nbs/data/10_store.ipynb #16ca8e23
+class _Parts:
+    "Several arrays [n, H, W] as one, read by row; `parts` are the memory maps."
+    ndim, dtype = 3, np.dtype(np.uint8)
+    def __init__(self, parts): self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
+    def __len__(self): return int(self.starts[-1])
+    @property
+    def shape(self): return (len(self), *self.parts[0].shape[1:])
+    def __getitem__(self, i):
+        if isinstance(i, tuple): return self[i[0]][(slice(None), *i[1:]) if np.ndim(i[0]) or isinstance(i[0], slice) else i[1:]]
+        if isinstance(i, slice): i = np.arange(len(self))[i]
+        if np.ndim(i):
+            rows = np.flatnonzero(i) if np.asarray(i).dtype == bool else i
+            return np.stack([self[k] for k in rows]) if len(rows) else np.empty((0, *self.shape[1:]), np.uint8)
+        i = int(i) + (len(self) if i < 0 else 0)
+        if not 0 <= i < len(self): raise IndexError(f'row {i} of {len(self)}')
+        k = int(np.searchsorted(self.starts, i, side='right')) - 1
+        return self.parts[k][i - self.starts[k]]
+    def __array__(self, dtype=None, copy=None): return np.asarray(np.concatenate(self.parts), dtype=dtype)
+
+# %% ../../nbs/data/10_store.ipynb #e9b91111
+class ShardedStore(RadiographStore):
+    "Several stores of one size as one; open with `ShardedStore.open(paths)`. `shards` are their folders."
+    @classmethod
+    def open(cls, paths: list, # folders of the stores, in the order of their rows
+             verify: bool = True # check the SHA-256 of the files
+            ) -> 'ShardedStore':
+        "Open and check all shards. Raises `G2DError` when their sizes differ, or an image is in two of them."
+        shards = [RadiographStore.open(path, verify) for path in paths]
+        if not shards: raise G2DError('A sharded store needs at least one folder.')
+        if len({shard.size for shard in shards}) > 1: raise G2DError(f'The shards have images of different sizes: {sorted({shard.size for shard in shards})}.')
+        index = pd.concat([shard.index for shard in shards], ignore_index=True)
+        if (twice := index['image_id'][index['image_id'].duplicated()]).size: raise G2DError(f'Image "{twice.iloc[0]}" is in more than one shard.')
+        hashes = {f'{k}/{name}': value for k, shard in enumerate(shards) for name, value in shard.manifest['sha256'].items()}
+        manifest = shards[0].manifest | dict(source=' + '.join(dict.fromkeys(shard.manifest['source'] for shard in shards)), sha256=hashes, shards=[str(shard.path) for shard in shards],
+                                             counts=dict(images=len(index), patients=int(index['patient_id'].nunique())))
+        store = cls(os.path.commonpath([shard.path.resolve() for shard in shards]), index, manifest)
+        store.shards = [shard.path for shard in shards]
+        return store
+
+    def _open_images(self): return _Parts([np.load(path/'images.npy', mmap_mode='r', allow_pickle=False) for path in self.shards])

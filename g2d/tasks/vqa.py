@@ -375,7 +375,7 @@ def confusion_figure(result: TaskResult, most: int = 12 # answers
     ax.set(xlabel='answer', ylabel='truth'); ax.set_title(f'{result.about["start"]}: answers to {counts.sum()} test questions', fontsize=8)
     return figure
 
-# %% ../../nbs/tasks/58_vqa.ipynb #9eb3aa21
+# %% ../../nbs/tasks/58_vqa.ipynb #22d90d8f
 def films_figure(result: TaskResult, store, n: int = 4, most: int = 6 # films, questions a film
                 ):
     "Best, middle and worst films by the share of right answers, with question, truth and answers."
@@ -388,7 +388,7 @@ def films_figure(result: TaskResult, store, n: int = 4, most: int = 6 # films, q
     chosen = [right.index[int(round(q*(len(right) - 1)))] for q in np.linspace(0, 1, min(n, len(right)))]
     figure = Figure(figsize=(7.4, 1.55*len(chosen)), layout='constrained')
     for (ax, side), image in zip(figure.subplots(len(chosen), 2, squeeze=False, width_ratios=(1, 4)), chosen):
-        show_film(ax, store.images[place[image]]); ax.set_axis_off(); ax.set_title(f'{str(image)[-18:]}: {right.loc[image, "mean"]:.0%} right', fontsize=6.5); side.set_axis_off()
+        show_film(ax, store.images[place[image]]); ax.set_axis_off(); ax.set_title(f'{str(image).split("/")[-1][-16:]}: {right.loc[image, "mean"]:.0%} right', fontsize=6.5); side.set_axis_off()
         for k, q in enumerate(a[a['image_id'] == image].head(most).to_dict('records')):
             other = f", on another film: {q['said_shuffled'][:22]}" if 'said_shuffled' in q else ''
             side.text(0, .97 - k/most, textwrap.shorten(q['question'], 66, placeholder=' …'), fontsize=6.5, va='top')
