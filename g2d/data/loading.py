@@ -174,15 +174,13 @@ class _Position:
         self.epoch = int(state['epoch'])
         self.step = self._start = int(state['step'])
 
-# %% ../../nbs/data/14_loading.ipynb #acf8a2da
+# %% ../../nbs/data/14_loading.ipynb #d0e54ece
 class PairLoader(_Position):
     "Batches of image and text of one rank, in an order that only `seed` and epoch decide. Raises `G2DError` when there is not one batch."
     def __init__(self, store, # a RadiographStore, or a view made by `store.select`
                  batch_size: int, # pairs a rank and step
                  split: str | None = None, # rows of this split; None or "all": all rows
-                 seed: int = 0,
-                 rank: int = 0,
-                 world_size: int = 1,
+                 seed: int = 0, rank: int = 0, world_size: int = 1,
                  workers: int = 0, # threads that read ahead; 0: read when asked
                  shuffle: bool = True,
                  reshuffle: bool = True, # False: the same order each epoch, as the released DistributedSampler without set_epoch

@@ -63,9 +63,11 @@ def rouge_l(written: str, true: str, beta: float = 1.2) -> float:
     precision, recall = common/len(a), common/len(b)
     return (1 + beta**2)*precision*recall/(recall + beta**2*precision)
 
-# %% ../../nbs/tasks/57_report_generation.ipynb #012c74f4
-FINDING_WORDS = {'consolidation': r'consolidation|airspace opacit', 'nodule': r'\bnodul(?:e|es|ar)\b', 'mass': r'\bmass(?:es)?\b', 'pleural effusion': r'\beffusions?\b', 'pneumothorax': r'\bpneumothora',
-                 'cardiomegaly': r'cardiomegaly|enlarged heart|(?:heart|silhouette) is (?:\w+ )?enlarged|enlargement of the (?:heart|cardiac)', 'atelectasis': r'atelecta', 'edema': r'\bo?edema\b',
+# %% ../../nbs/tasks/57_report_generation.ipynb #c96e989b
+FINDING_WORDS = {'consolidation': r'consolidation|airspace opacit', 'nodule': r'\bnodul(?:e|es|ar)\b', 'mass': r'\bmass(?:es)?\b',
+    'pleural effusion': r'\beffusions?\b', 'pneumothorax': r'\bpneumothora',
+                 'cardiomegaly': r'cardiomegaly|enlarged heart|(?:heart|silhouette) is (?:\w+ )?enlarged|enlargement of the (?:heart|cardiac)',
+                     'atelectasis': r'atelecta', 'edema': r'\bo?edema\b',
                  'foreign object': r'foreign (?:object|body)'} # our rules, for the vocabulary of phantoms
 _denied = re.compile(r'\b(?:no|not|without|neither|nor|absence of|free of|negative for|rather than)\b')
 _gone = re.compile(r'\b(?:has|have) resolved|\b(?:is|are) no longer|\bresolution of\b|\bcleared\b')
@@ -170,13 +172,15 @@ def simple_reports(model, train, test, device: str = 'cpu', seed: int = 0) -> di
     drawn = np.random.default_rng([seed, 1]).integers(0, len(texts), len(test))
     return dict(frequent=[fixed_report(texts, seed=seed)]*len(test), random=[texts[i] for i in drawn], nearest=[texts[i] for i in near])
 
-# %% ../../nbs/tasks/57_report_generation.ipynb #1b8bea13
+# %% ../../nbs/tasks/57_report_generation.ipynb #0334037a
 def report_metrics(written: list, true: list, labels: np.ndarray, # texts, texts, [N, K] bool
                    classes: list, patients, beta: float = 1.2, draws: int = 1000) -> tuple[dict, dict, dict]: # metrics, intervals, values a film
     "BLEU-1 to 4, ROUGE-L, label F1 and the share of different texts, with intervals over patients."
     from g2d.tasks.zero_shot import patient_weights, _bounds
     counts = np.array([bleu_counts(a, b) for a, b in zip(written, true)])
-    rouge, named = np.array([rouge_l(a, b, beta) for a, b in zip(written, true)]), np.array([[c in found for c in classes] for found in (named_findings(t, classes) for t in written)], bool).reshape(len(written), len(classes))
+    rouge, named = np.array([rouge_l(a, b, beta) for a,
+        b in zip(written, true)]), np.array([[c in found for c in classes] for found in (named_findings(t, classes) for t in written)],
+            bool).reshape(len(written), len(classes))
     def table(w):
         micro, macro = label_f1(named, labels, w) if len(classes) else (None, None)
         return {f'bleu{n}': b for n, b in enumerate(bleu(w @ counts).T, 1)} | dict(rouge_l=w @ rouge/w.sum(1), label_f1_micro=micro, label_f1_macro=macro)
@@ -185,7 +189,7 @@ def report_metrics(written: list, true: list, labels: np.ndarray, # texts, texts
     intervals = {k: _bounds(drawn[k]) for k in metrics if k in drawn}
     return metrics | dict(distinct=len(set(written))/len(written)), intervals, dict(rouge_l=rouge, named=named)
 
-# %% ../../nbs/tasks/57_report_generation.ipynb #5bafff2b
+# %% ../../nbs/tasks/57_report_generation.ipynb #0d0a25dc
 def _parts(store, p, part, start, limit):
     "Training and test films with texts as the model knows them, and what is known about the split."
     from g2d.validation import with_report_texts
@@ -195,7 +199,8 @@ def _parts(store, p, part, start, limit):
     for view, most in ((train, None), (test if part == 'test' else val, limit)):
         view = with_report_texts(view, start.profile)
         keep = np.flatnonzero(view.index['text'].notna())[:most or None]
-        if not len(keep): raise G2DError(f'{store.path} has no {"training" if not found else part} reports of {start.profile.min_text_tokens} words: report generation needs both.')
+        if not len(keep):
+            raise G2DError(f'{store.path} has no {"training" if not found else part} reports of {start.profile.min_text_tokens} words: report generation needs both.')
         found.append(view.select(where=np.isin(np.arange(len(view)), keep)))
     if start.checkpoint is not None: check_start(start, found[1])
     return *found, {k: v for k, v in about.items() if k not in ('fraction', 'draw')} | dict(part=part, train_reports=len(found[0]), test_films=len(found[1]))
@@ -230,7 +235,7 @@ def _lengths(model, train, test, p, seed):
     known = n(train.index['text'].tolist())
     return np.random.default_rng([seed, 2]).choice(known, len(test)) if p.length == 'sampled' else np.full(len(test), int(np.median(known)))
 
-# %% ../../nbs/tasks/57_report_generation.ipynb #13f439ab
+# %% ../../nbs/tasks/57_report_generation.ipynb #480fea9a
 WAYS = dict(model='', shuffled='shuffled_', nearest='nearest_', frequent='frequent_', random='random_') # who writes -> prefix of the metrics
 
 def evaluate(store, # with texts
@@ -245,17 +250,19 @@ def evaluate(store, # with texts
     from g2d.tasks.zero_shot import _find_protocol, find_model
     began, p = time.time(), _find_protocol('report_generation', protocol, overrides)
     net, start = find_model(model, profile, device, seed, name)
-    if getattr(net, 'report_decoder', None) is None: raise G2DError(f'{start.name} has no report decoder, so it cannot write: report generation needs a checkpoint of method mpma with word_weight above 0.')
+    if getattr(net, 'report_decoder', None) is None:
+        raise G2DError(f'{start.name} has no report decoder, so it cannot write: report generation needs a checkpoint of method mpma with word_weight above 0.')
     train, test, about = _parts(store, p, part, start, limit)
     labels, classes, origin = _truth(test, classes)
-    lengths, patients, true = _lengths(net, train, test, p, seed), test.index['patient_id'].fillna(test.index['image_id']).to_numpy(object).astype(str), test.index['text'].tolist()
+    lengths, true = _lengths(net, train, test, p, seed), test.index['text'].tolist()
+    patients = test.index['patient_id'].fillna(test.index['image_id']).to_numpy(object).astype(str)
     texts, sure = _write_all(net, test, range(len(test)), lengths, p, device, progress)
     said = dict(model=texts) | simple_reports(net, train, test, device, seed)
     other = [next((j % len(test) for j in range(i + 1, i + len(test)) if patients[j % len(test)] != patients[i]), None) for i in range(len(test))]
     if None not in other: said['shuffled'] = _write_all(net, test, other, lengths, p, device, progress)[0]
     return _result(net, start, test, said, true, labels, classes, patients, p, about | dict(label_truth=origin, decode=p.decode, length=p.length), sure, draws, began)
 
-# %% ../../nbs/tasks/57_report_generation.ipynb #3f7dc461
+# %% ../../nbs/tasks/57_report_generation.ipynb #67fffc6a
 def _result(net, start, test, said, true, labels, classes, patients, p, about, sure, draws, began):
     "Metrics of all writers, intervals, and one row a film."
     metrics, intervals, rows = {}, {}, {}
@@ -269,10 +276,12 @@ def _result(net, start, test, said, true, labels, classes, patients, p, about, s
     if len(classes): metrics['reader_f1'] = float(label_f1([[c in named_findings(t, classes) for c in classes] for t in true], labels)[0][0])
     metrics |= dict(films=len(test), patients=len(set(patients)))
     named = lambda matrix: ['|'.join(c for c, there in zip(classes, row) if there) for row in matrix]
-    frame = pd.DataFrame(dict(image_id=test.index['image_id'].to_numpy(object), patient_id=patients, true=true, labels=named(labels), written=said['model'], named=named(rows['model']['named']), rouge_l=rows['model']['rouge_l'], certainty=sure))
+    frame = pd.DataFrame(dict(image_id=test.index['image_id'].to_numpy(object), patient_id=patients, true=true, labels=named(labels),
+        written=said['model'], named=named(rows['model']['named']), rouge_l=rows['model']['rouge_l'], certainty=sure))
     for way in said:
         if way != 'model': frame[way] = said[way]; frame[f'rouge_l_{way}'] = rows[way]['rouge_l']
-    about |= dict(task='report_generation', start=start.name, weights=net.weights, protocol=p.to_dict(), classes=list(classes), intervals='over patients of the test films', seconds=time.time() - began)
+    about |= dict(task='report_generation', start=start.name, weights=net.weights, protocol=p.to_dict(), classes=list(classes),
+        intervals='over patients of the test films', seconds=time.time() - began)
     return TaskResult(metrics, intervals, frame, about, net)
 
 # %% ../../nbs/tasks/57_report_generation.ipynb #d382cad4
@@ -315,7 +324,7 @@ def examples_figure(result: TaskResult, store, n: int = 3):
         _compare(side, f'report of the nearest training film (ROUGE-L {q["rouge_l_nearest"]:.2f})', q['nearest'], q['true'], top, '#30609a')
     return figure
 
-# %% ../../nbs/tasks/57_report_generation.ipynb #97f1d41e
+# %% ../../nbs/tasks/57_report_generation.ipynb #92097c0c
 _colours = dict(model='#30609a', shuffled='#8a6d9e', nearest='#3a8f6b', frequent='#999999', random='#cccccc')
 
 def scores_figure(result: TaskResult):
@@ -332,7 +341,8 @@ def scores_figure(result: TaskResult):
         ax.vlines(x, *np.array([result.intervals.get(WAYS[way] + m, (np.nan, np.nan)) for m in names]).T, color='#333333', lw=.7)
     ax.set_xticks(range(len(names)), [m.replace('_', ' ').replace('bleu', 'BLEU-').replace('rouge l', 'ROUGE-L').replace('f1', 'F1') for m in names], fontsize=7)
     ax.set(ylim=(0, 1), ylabel='score'); ax.legend(fontsize=6, ncols=2)
-    ax.set_title(f'{result.about["start"]}, {result.about["decode"].replace("_", " ")}: {result.metrics["films"]} films, {result.metrics["patients"]} patients, 95 % over patients', fontsize=8)
+    how = result.about['decode'].replace('_', ' ')
+    ax.set_title(f'{result.about["start"]}, {how}: {result.metrics["films"]} films, {result.metrics["patients"]} patients, 95 % over patients', fontsize=8)
     return figure
 
 # %% ../../nbs/tasks/57_report_generation.ipynb #3d5f025a
@@ -359,7 +369,7 @@ def hidden_words_figure(model, store, rows: list, texts: list, # films of the st
         side.set_title(f'{sum(hits)} of {len(hits)} hidden words filled rightly', fontsize=7, loc='left')
     return figure
 
-# %% ../../nbs/tasks/57_report_generation.ipynb #8468e7af
+# %% ../../nbs/tasks/57_report_generation.ipynb #a6d86a00
 def memory_use(model, store, rows: list, texts: list, batch: int = 32) -> tuple: # (DataFrame: row, by_words, by_patches, words), or None without a memory
     "How often each row of the memory is among the chosen of a word, and of a patch, and the words that ask it most, by how much more often than on average."
     from g2d.data.loading import Augment
@@ -371,10 +381,13 @@ def memory_use(model, store, rows: list, texts: list, batch: int = 32) -> tuple:
         r = model.rebuild(images, texts[i:i+batch], image_ratio=0., word_ratio=0.)
         real = (r.words >= 0).cpu()
         chosen = r.rows.cpu()[real].flatten(1).numpy() # [words, heads * k]
-        by_word += np.bincount(chosen.ravel(), minlength=slots); by_patch += np.bincount(r.patch_rows.cpu().numpy().ravel(), minlength=slots); patches += r.patch_rows.shape[0]*r.patch_rows.shape[1]
-        for token, these in zip(r.ids.cpu()[real].tolist(), chosen): total[token] += 1; asked.setdefault(token, np.zeros(slots))[:] += np.bincount(these, minlength=slots)
+        by_word += np.bincount(chosen.ravel(), minlength=slots); by_patch += np.bincount(r.patch_rows.cpu().numpy().ravel(),
+            minlength=slots); patches += r.patch_rows.shape[0]*r.patch_rows.shape[1]
+        for token, these in zip(r.ids.cpu()[real].tolist(), chosen): total[token] += 1; asked.setdefault(token, np.zeros(slots))[:] += np.bincount(these,
+            minlength=slots)
     n = sum(total.values())
     often = [t for t, k in total.items() if k >= 5]
     lift = np.array([asked[t]/total[t] for t in often])/np.maximum(by_word/n, 1e-9)
     top = [', '.join(tokenizer.convert_ids_to_tokens(often[j]) for j in np.argsort(-lift[:, s])[:5] if lift[j, s] > 1) if often else '' for s in range(slots)]
-    return pd.DataFrame(dict(row=range(slots), by_words=by_word/n, by_patches=by_patch/patches, words=top)).sort_values('by_words', ascending=False, ignore_index=True)
+    return pd.DataFrame(dict(row=range(slots), by_words=by_word/n, by_patches=by_patch/patches, words=top)).sort_values('by_words', ascending=False,
+        ignore_index=True)

@@ -61,13 +61,14 @@ def known_answers(asked: pd.DataFrame, # training questions
     if len(found) < 2: raise G2DError(f'The training questions have {len(found)} answers that can be learnt; expected at least two.')
     return found
 
-# %% ../../nbs/tasks/58_vqa.ipynb #efe6d33d
+# %% ../../nbs/tasks/58_vqa.ipynb #4cf3ead6
 class Majority:
     "Most frequent training answers: by type, and by the very question."
     def __init__(self, asked: pd.DataFrame | None = None, tables: dict | None = None # from the training questions, or as `tables` had them
                 ):
         top = lambda keys: {k: a.value_counts().sort_index().idxmax() for k, a in asked['answer'].groupby(keys)}
-        self.tables = tables or dict(type=top(asked['type'] + ' ' + asked['answer_type']), closed=top(asked['answer_type']), question=top(asked['question'].str.lower()))
+        self.tables = tables or dict(type=top(asked['type'] + ' ' + asked['answer_type']), closed=top(asked['answer_type']),
+            question=top(asked['question'].str.lower()))
 
     def by_type(self, asked: pd.DataFrame) -> list[str]:
         "The answers of one who knows the type of each question."
@@ -78,7 +79,7 @@ class Majority:
         "The answers of one who remembers the question, and otherwise knows its type."
         return [self.tables['question'].get(q.lower(), other) for q, other in zip(asked['question'], self.by_type(asked))]
 
-# %% ../../nbs/tasks/58_vqa.ipynb #2717bb9f
+# %% ../../nbs/tasks/58_vqa.ipynb #5b2f2a48
 _unneeded = ('image_projector', 'text_projector', 'word_projector', 'pool', 'decoder', 'pixel_decoder')
 
 def fusion_model(start: Start) -> tuple: # (MPMA with what `fuse` needs, "trained" or "fresh")
@@ -89,7 +90,8 @@ def fusion_model(start: Start) -> tuple: # (MPMA with what `fuse` needs, "traine
         net = MPMA(p.replace(pretrained=False))
         checkpoint.load_into(net)
     else:
-        net = MPMA(p.replace(method='mpma', dense_target='none', local='none', pixel_weight=0., word_weight=1., super_resolution=1, **(dict(pretrained=False) if checkpoint else {})))
+        net = MPMA(p.replace(method='mpma', dense_target='none', local='none', pixel_weight=0., word_weight=1., super_resolution=1,
+            **(dict(pretrained=False) if checkpoint else {})))
         if checkpoint is not None: load_part(net.image_encoder, checkpoint, 'image_encoder')
     if checkpoint is not None: net.image_encoder.weights = checkpoint.about.get('start_weights', {}).get('image', 'unknown') + ', then g2d pre-training'
     for name in _unneeded: setattr(net, name, None)
@@ -163,19 +165,21 @@ def _train(net, p, train, val, seed, size, device, out, steps, progress):
         return dict(val_loss=F.cross_entropy(scores, target_val), val_accuracy=(scores.argmax(1) == target_val).float().mean())
     return fit(net, len(of_film), loss_of, validate, p, seed, out, steps, progress)
 
-# %% ../../nbs/tasks/58_vqa.ipynb #4df97a3c
+# %% ../../nbs/tasks/58_vqa.ipynb #9bc1c550
 def fold_views(store, k: int, n: int, start: Start | None = None) -> tuple: # (train, val, test, about)
     "The views of one fold of a cross-validation over patients. Raises `G2DError` for too few patients or a fold that is not there."
     patients = np.unique(store.index['patient_id'].to_numpy(object).astype(str))
-    if not (n >= 3 and 0 <= k < n <= len(patients)): raise G2DError(f'fold is ({k}, {n}) for {len(patients)} patients; expected (0 to n - 1, n) with 3 or more folds.')
+    if not (n >= 3 and 0 <= k < n <= len(patients)):
+        raise G2DError(f'fold is ({k}, {n}) for {len(patients)} patients; expected (0 to n - 1, n) with 3 or more folds.')
     number = dict(zip(np.random.default_rng(0).permutation(patients), np.arange(len(patients)) % n))
     fold = store.index['patient_id'].astype(str).map(number).to_numpy()
     test, val = fold == k, fold == (k + 1) % n
     train, val, test = (store.select(where=where) for where in (~(test | val), val, test))
     if start is not None and start.checkpoint is not None: check_start(start, test)
-    return train, val, test, dict(scheme=f'fold {k} of {n}, by patient', fraction=1., leaks={}, train_films=len(train), val_films=len(val), test_films=len(test), store=store.manifest.get('source', ''), store_hash=store.hash)
+    return train, val, test, dict(scheme=f'fold {k} of {n}, by patient', fraction=1., leaks={},
+        train_films=len(train), val_films=len(val), test_films=len(test), store=store.manifest.get('source', ''), store_hash=store.hash)
 
-# %% ../../nbs/tasks/58_vqa.ipynb #bf4f8cad
+# %% ../../nbs/tasks/58_vqa.ipynb #71881ec2
 def finetune(store, # `RadiographStore` with questions, or of phantoms
              start: str | Path | Start = 'random', # random, imagenet, a checkpoint (MPMA, G2D, ...), a weights file of timm
              protocol: Protocol | str = 'fixed', # a name, or from `protocol('vqa', ...)`
@@ -206,17 +210,19 @@ def finetune(store, # `RadiographStore` with questions, or of phantoms
     net, how, same = fitted[True]
     net.blind, net.majority, net.seen = fitted[False][0] if blind else None, Majority(train[1]), _seen(start, train[0])
     net.about = dict(start=start.name, weights=net.mpma.image_encoder.weights, fusion=net.fusion, size=size, protocol=p.to_dict(), seed=seed)
-    about |= net.about | dict(encoder_unchanged=same, steps=how.steps, best_epoch=how.best_epoch, log=how.log, train_questions=len(train[1]), learnt_questions=int(train[1]['answer'].isin(answers).sum()))
+    about |= net.about | dict(encoder_unchanged=same, steps=how.steps, best_epoch=how.best_epoch, log=how.log, train_questions=len(train[1]),
+        learnt_questions=int(train[1]['answer'].isin(answers).sum()))
     if out: save_net(net, Path(out)/'net.safetensors')
     return _result(net, *test, about, device, draws, began)
 
+# %% ../../nbs/tasks/58_vqa.ipynb #f8930fab
 def _seen(start, view):
     "Fingerprints of all films and patients that the weights have met."
     from g2d.data.splits import fingerprints
     mine, before = fingerprints(view.index, view.manifest.get('source', '')), start.checkpoint.seen if start.checkpoint is not None else None
     return torch.from_numpy(mine if before is None else np.union1d(mine, before.numpy()))
 
-# %% ../../nbs/tasks/58_vqa.ipynb #7971f175
+# %% ../../nbs/tasks/58_vqa.ipynb #bafcc338
 WAYS = dict(model='', majority='majority_', lookup='lookup_', question_only='question_only_', shuffled='shuffled_') # respondent -> prefix of its metrics
 
 def _another_film(view, asked):
@@ -231,28 +237,33 @@ def _respond(net, view, asked, device):
     p, size = net.about['protocol'], net.about['size']
     said = lambda network, questions: np.array(net.answers, object)[_scores(network, view, questions, size, p['augment'], device).argmax(1)]
     scores = _scores(net, view, asked, size, p['augment'], device).softmax(1)
-    found = asked.assign(said=np.array(net.answers, object)[scores.argmax(1)], probability=scores.max(1).values.numpy(), said_majority=net.majority.by_type(asked), said_lookup=net.majority.by_question(asked))
+    found = asked.assign(said=np.array(net.answers, object)[scores.argmax(1)], probability=scores.max(1).values.numpy(),
+        said_majority=net.majority.by_type(asked), said_lookup=net.majority.by_question(asked))
     if net.blind is not None: found['said_question_only'] = said(net.blind, asked)
     other = _another_film(view, asked)
     return found if other is None else found.assign(said_shuffled=said(net, other))
 
-# %% ../../nbs/tasks/58_vqa.ipynb #9ec616fa
+# %% ../../nbs/tasks/58_vqa.ipynb #1b755720
 def vqa_metrics(answered: pd.DataFrame, # with answer, said, said_majority, ...
                 draws: int = 1000) -> tuple[dict, dict]: # metrics, intervals over patients
     "Accuracy of every respondent: all, closed, open, each type; and the gain over the question alone."
     a, metrics, intervals = answered, {}, {}
-    groups = {'accuracy': np.ones(len(a), bool), 'accuracy_closed': (a['answer_type'] == 'CLOSED').to_numpy(), 'accuracy_open': (a['answer_type'] != 'CLOSED').to_numpy()}
+    groups = {'accuracy': np.ones(len(a), bool), 'accuracy_closed': (a['answer_type'] == 'CLOSED').to_numpy(),
+        'accuracy_open': (a['answer_type'] != 'CLOSED').to_numpy()}
     groups |= {f'accuracy/{t}': (a['type'] == t).to_numpy() for t in sorted(a['type'].unique())}
     patients = a['patient_id'].to_numpy(object)
     def add(name, values, rows):
-        if rows.any(): metrics[name] = float(values[rows].mean()); intervals[name] = patient_interval(patients[rows], values[rows], draws) if draws else (np.nan, np.nan)
+        if rows.any(): metrics[name] = float(values[rows].mean()); intervals[name] = patient_interval(patients[rows], values[rows],
+            draws) if draws else (np.nan, np.nan)
     right = {way: (a['answer'] == a['said' if way == 'model' else f'said_{way}']).to_numpy(float) for way in WAYS if way == 'model' or f'said_{way}' in a}
     for way, values in right.items():
         for name, rows in groups.items(): add(WAYS[way] + name, values, rows)
         metrics[WAYS[way] + 'balanced_yes_no'], intervals[WAYS[way] + 'balanced_yes_no'] = _balanced(a, values, draws)
     for other in ('question_only', 'shuffled'):
         if other in right:
-            for name in ('accuracy', 'accuracy_closed', 'accuracy_open'): add(name.replace('accuracy', 'gain' if other == 'question_only' else 'gain_over_shuffled'), right['model'] - right[other], groups[name])
+            for name in ('accuracy', 'accuracy_closed',
+                'accuracy_open'): add(name.replace('accuracy', 'gain' if other == 'question_only' else 'gain_over_shuffled'),
+                    right['model'] - right[other], groups[name])
     return metrics, intervals
 
 def _balanced(a, right, draws):
@@ -263,15 +274,18 @@ def _balanced(a, right, draws):
     if not rows.any(): return float('nan'), (np.nan, np.nan)
     return float(mean(np.arange(len(yes)))), patient_interval(patients, mean, min(draws, 300)) if draws else (np.nan, np.nan)
 
-# %% ../../nbs/tasks/58_vqa.ipynb #b30d8819
+# %% ../../nbs/tasks/58_vqa.ipynb #e7452eef
 def _result(net, view, asked, about, device, draws, began):
     "Metrics, intervals, one line a question."
     answered = _respond(net, view, asked, device)
     metrics, intervals = vqa_metrics(answered, draws)
     reach = answered['answer'].isin(net.answers)
-    metrics |= dict(answerable=float(reach.mean()), questions=len(asked), closed_questions=int((asked['answer_type'] == 'CLOSED').sum()), films=int(asked['row'].nunique()), patients=int(asked['patient_id'].nunique()))
-    about |= dict(task='vqa', answers=net.answers, test_films=metrics['films'], seconds=time.time() - began, intervals='over patients of the test films, the trained networks as they are')
-    if metrics['patients'] < 100: about['caution'] = f'{metrics["patients"]} patients in the test: the intervals are wide, and those of other splits may differ by as much'
+    metrics |= dict(answerable=float(reach.mean()), questions=len(asked), closed_questions=int((asked['answer_type'] == 'CLOSED').sum()),
+        films=int(asked['row'].nunique()), patients=int(asked['patient_id'].nunique()))
+    about |= dict(task='vqa', answers=net.answers, test_films=metrics['films'], seconds=time.time() - began,
+        intervals='over patients of the test films, the trained networks as they are')
+    if metrics['patients'] < 100:
+        about['caution'] = f'{metrics["patients"]} patients in the test: the intervals are wide, and those of other splits may differ by as much'
     return TaskResult(metrics, intervals, answered.drop(columns='row').reset_index(drop=True), about, net)
 
 def pooled(results: list, # of `TaskResult`, one a fold
@@ -281,16 +295,20 @@ def pooled(results: list, # of `TaskResult`, one a fold
     if (answered.groupby('image_id')['fold'].nunique() > 1).any(): raise G2DError('A film is in the test of two folds; pool the folds of one cross-validation.')
     metrics, intervals = vqa_metrics(answered, draws)
     shares = np.array([[r.metrics['answerable'], r.metrics['questions']] for r in results])
-    metrics |= dict(answerable=float(np.average(shares[:, 0], weights=shares[:, 1])), questions=len(answered), closed_questions=int((answered['answer_type'] == 'CLOSED').sum()), films=int(answered['image_id'].nunique()), patients=int(answered['patient_id'].nunique()))
-    return TaskResult(metrics, intervals, answered, results[0].about | dict(scheme=f'{len(results)} folds, pooled', test_films=metrics['films'], seconds=sum(r.about['seconds'] for r in results)))
+    metrics |= dict(answerable=float(np.average(shares[:, 0], weights=shares[:, 1])), questions=len(answered),
+        closed_questions=int((answered['answer_type'] == 'CLOSED').sum()), films=int(answered['image_id'].nunique()), patients=int(answered['patient_id'].nunique()))
+    return TaskResult(metrics, intervals, answered, results[0].about | dict(scheme=f'{len(results)} folds, pooled',
+        test_films=metrics['films'], seconds=sum(r.about['seconds'] for r in results)))
 
-# %% ../../nbs/tasks/58_vqa.ipynb #1aef7052
+# %% ../../nbs/tasks/58_vqa.ipynb #117278af
 def save_net(net: VQANet, path: str | Path) -> Path:
     "Write weights, answers and what was seen; atomically."
     from safetensors.torch import save_file
     from g2d.files import atomic_path
-    path, about = Path(path), dict(profile=net.start.profile.to_dict(), start=net.start.name, answers=net.answers, freeze=net.freeze, majority=net.majority.tables, about=net.about)
-    tensors = {f'net/{k}': v.detach().cpu().contiguous().clone() for k, v in net.state_dict().items() if not k.startswith('blind.')} | ({} if net.seen is None else {'seen/prints': net.seen})
+    path, about = Path(path), dict(profile=net.start.profile.to_dict(), start=net.start.name, answers=net.answers, freeze=net.freeze,
+        majority=net.majority.tables, about=net.about)
+    tensors = {f'net/{k}': v.detach().cpu().contiguous().clone() for k,
+        v in net.state_dict().items() if not k.startswith('blind.')} | ({} if net.seen is None else {'seen/prints': net.seen})
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary: save_file(tensors, temporary, metadata=dict(g2d_vqa=json.dumps(about, default=str)))
     return path
@@ -302,15 +320,17 @@ def load_net(path: str | Path # file, or the folder of a training
     path = Path(path)/'net.safetensors' if Path(path).is_dir() else Path(path)
     if not path.is_file(): raise G2DError(f'There is no question-answering network at {path}.')
     try:
-        with safe_open(path, framework='pt') as file: about, tensors = json.loads((file.metadata() or {}).get('g2d_vqa', 'null')), {k: file.get_tensor(k) for k in file.keys()}
+        with safe_open(path, framework='pt') as file: about, tensors = json.loads((file.metadata() or {}).get('g2d_vqa',
+            'null')), {k: file.get_tensor(k) for k in file.keys()}
     except Exception as error: raise G2DError(f'{path} is damaged or no safetensors file ({str(error)[:80]}).') from None
     if about is None: raise G2DError(f'{path} answers no questions; train a checkpoint with g2d.tasks.vqa.finetune first.')
-    net = VQANet(Start(about['start'], Profile.from_dict(about['profile']).replace(pretrained=False)), about['answers'], about['freeze'], about['about']['protocol']['dropout'])
+    net = VQANet(Start(about['start'], Profile.from_dict(about['profile']).replace(pretrained=False)), about['answers'], about['freeze'],
+        about['about']['protocol']['dropout'])
     net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith('net/')})
     net.majority, net.about, net.seen, net.fusion = Majority(tables=about['majority']), about['about'], tensors.get('seen/prints'), about['about']['fusion']
     return net.eval()
 
-# %% ../../nbs/tasks/58_vqa.ipynb #2baab747
+# %% ../../nbs/tasks/58_vqa.ipynb #38d05d90
 def evaluate(store, # with questions, or of phantoms
              model: VQANet | TaskResult | str | Path, # a trained network, its result, or its file
              protocol: Protocol | str | None = None, # only its scheme is read; None: the one it was trained by
@@ -328,10 +348,11 @@ def evaluate(store, # with questions, or of phantoms
     view = store.select(part, scheme=scheme) if part != 'all' else store
     if not len(view): raise G2DError(f'{store.path} has no {part} films with questions.')
     if net.seen is not None and not allow_seen: check_unseen(net.seen.numpy(), view.index, store.manifest.get('source', ''), f'The network from {net.start.name}')
-    about = {k: net.about[k] for k in ('start', 'weights', 'fusion', 'size', 'protocol')} | dict(part=part, scheme=scheme or 'column', store=store.manifest.get('source', ''), store_hash=store.hash)
+    about = {k: net.about[k] for k in ('start', 'weights', 'fusion', 'size', 'protocol')} | dict(part=part, scheme=scheme or 'column',
+        store=store.manifest.get('source', ''), store_hash=store.hash)
     return _result(net.to(device), view, questions_of(view), about, device, draws, began)
 
-# %% ../../nbs/tasks/58_vqa.ipynb #0a9b0263
+# %% ../../nbs/tasks/58_vqa.ipynb #5795aea2
 _colours = dict(model='#30609a', question_only='#c77f3a', shuffled='#8a6d9e', lookup='#999999', majority='#cccccc')
 
 def accuracy_figure(result: TaskResult, most: int = 8 # types
@@ -339,7 +360,8 @@ def accuracy_figure(result: TaskResult, most: int = 8 # types
     "Bars of accuracy: all, closed, open, and the most frequent types."
     from matplotlib.figure import Figure
     types = result.predictions['type'].value_counts().index[:most]
-    groups = [('accuracy', 'all', len(result.predictions)), ('accuracy_closed', 'closed', (result.predictions['answer_type'] == 'CLOSED').sum()), ('accuracy_open', 'open', (result.predictions['answer_type'] != 'CLOSED').sum())]
+    groups = [('accuracy', 'all', len(result.predictions)), ('accuracy_closed', 'closed', (result.predictions['answer_type'] == 'CLOSED').sum()),
+        ('accuracy_open', 'open', (result.predictions['answer_type'] != 'CLOSED').sum())]
     groups += [(f'accuracy/{t}', t, (result.predictions['type'] == t).sum()) for t in types]
     groups = [g for g in groups if g[0] in result.metrics]
     ways = [w for w in _colours if WAYS[w] + 'accuracy' in result.metrics]
@@ -348,10 +370,12 @@ def accuracy_figure(result: TaskResult, most: int = 8 # types
     for k, way in enumerate(ways):
         x, y = np.arange(len(groups)) + (k - (len(ways) - 1)/2)*wide, [result.metrics[WAYS[way] + g[0]] for g in groups]
         low, high = np.array([result.intervals.get(WAYS[way] + g[0], (np.nan, np.nan)) for g in groups]).T
-        ax.bar(x, y, wide, color=_colours[way], label=dict(model='film and question', question_only='question only', shuffled="another patient's film").get(way, f'{way}, no film'))
+        ax.bar(x, y, wide, color=_colours[way],
+            label=dict(model='film and question', question_only='question only', shuffled="another patient's film").get(way, f'{way}, no film'))
         ax.vlines(x, low, high, color='#333333', lw=.7)
     ax.set_xticks(range(len(groups)), [f'{name}\n{n}' for _, name, n in groups], fontsize=7)
-    ax.set(ylim=(0, 1), ylabel='accuracy'); ax.set_title(f'{result.about["start"]}: {result.metrics["questions"]} questions, {result.metrics["patients"]} test patients, 95 % over patients', fontsize=8)
+    ax.set(ylim=(0, 1), ylabel='accuracy')
+    ax.set_title(f'{result.about["start"]}: {result.metrics["questions"]} questions, {result.metrics["patients"]} test patients, 95 % over patients', fontsize=8)
     ax.legend(fontsize=6, ncols=3)
     return figure
 
@@ -375,7 +399,7 @@ def confusion_figure(result: TaskResult, most: int = 12 # answers
     ax.set(xlabel='answer', ylabel='truth'); ax.set_title(f'{result.about["start"]}: answers to {counts.sum()} test questions', fontsize=8)
     return figure
 
-# %% ../../nbs/tasks/58_vqa.ipynb #22d90d8f
+# %% ../../nbs/tasks/58_vqa.ipynb #660467c0
 def films_figure(result: TaskResult, store, n: int = 4, most: int = 6 # films, questions a film
                 ):
     "Best, middle and worst films by the share of right answers, with question, truth and answers."
@@ -388,9 +412,11 @@ def films_figure(result: TaskResult, store, n: int = 4, most: int = 6 # films, q
     chosen = [right.index[int(round(q*(len(right) - 1)))] for q in np.linspace(0, 1, min(n, len(right)))]
     figure = Figure(figsize=(7.4, 1.55*len(chosen)), layout='constrained')
     for (ax, side), image in zip(figure.subplots(len(chosen), 2, squeeze=False, width_ratios=(1, 4)), chosen):
-        show_film(ax, store.images[place[image]]); ax.set_axis_off(); ax.set_title(f'{str(image).split("/")[-1][-16:]}: {right.loc[image, "mean"]:.0%} right', fontsize=6.5); side.set_axis_off()
+        show_film(ax, store.images[place[image]]); ax.set_axis_off()
+        ax.set_title(f'{str(image).split("/")[-1][-16:]}: {right.loc[image, "mean"]:.0%} right', fontsize=6.5); side.set_axis_off()
         for k, q in enumerate(a[a['image_id'] == image].head(most).to_dict('records')):
             other = f", on another film: {q['said_shuffled'][:22]}" if 'said_shuffled' in q else ''
             side.text(0, .97 - k/most, textwrap.shorten(q['question'], 66, placeholder=' …'), fontsize=6.5, va='top')
-            side.text(.52, .97 - k/most, f"is {q['answer'][:26]}, said {q['said'][:22]}{other}", fontsize=6.5, va='top', color='#1e8449' if q['answer'] == q['said'] else '#b03a2e')
+            colour = '#1e8449' if q['answer'] == q['said'] else '#b03a2e'
+            side.text(.52, .97 - k/most, f"is {q['answer'][:26]}, said {q['said'][:22]}{other}", fontsize=6.5, va='top', color=colour)
     return figure
