@@ -91,7 +91,7 @@ def results():
     about, before, after = evidence()
     text = ['# Results', linked(before), 'The claims these tables carry, and those they do not: [what we found](found.md). What others printed: [published numbers](published.md). Speed: [benchmarks](benchmarks.md).',
             ':::{toctree}\n:hidden:\n\nfound\npublished\nbenchmarks\n:::']
-    made = {}
+    made = {f'results/{path.name}': path.read_bytes() for path in sorted((root/'results').glob('*.png'))}
     for path in sorted((root/'results').rglob('*.csv')):
         name = path.relative_to(root/'results').as_posix()
         what, command, machine = about.get(name) or about.get(path.parent.relative_to(root/'results').as_posix() + '/') or ['', '', '']
