@@ -158,16 +158,22 @@ def loss_and_gradient(net, images, texts, autocast=False):
 
 
 def test_channels_last_is_the_same_network():
-    images = torch.rand(8, 1, 64, 64)
-    a = loss_and_gradient(tiny_net(), images, TEXTS)
-    b = loss_and_gradient(tiny_net().to(memory_format=torch.channels_last), images, TEXTS)
-    assert abs(a[0] - b[0]) < 1e-4 and (a[1] - b[1]).norm() < 1e-3*a[1].norm()   # sums in another order, in float32
+    "In double precision, where another order of sums does not show."
+    images = torch.rand(8, 1, 64, 64).double()
+    a = loss_and_gradient(tiny_net().double(), images, TEXTS)
+    b = loss_and_gradient(tiny_net().double().to(memory_format=torch.channels_last), images, TEXTS)
+    assert abs(a[0] - b[0]) < 1e-10 and (a[1] - b[1]).norm() < 1e-10*a[1].norm()
 
 
 def test_bfloat16_is_close():
-    images = torch.rand(8, 1, 64, 64)
-    (a, _), (b, _) = loss_and_gradient(tiny_net(), images, TEXTS), loss_and_gradient(tiny_net(), images, TEXTS, autocast=True)
-    assert 0 < abs(a - b) < 5e-2*abs(a)          # 8 pairs, a temperature of 0.07: the full size is nearer, see the notes of `g2d bench step`
+    "Mean over six batches of 32 pairs; single batches of a random network differ by 0.3 to 2 %, because the temperature of 0.07 enlarges every error."
+    texts, errors = [f'{text} {letter*3}' for letter in 'abcd' for text in TEXTS], []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        images = torch.rand(32, 1, 64, 64)
+        (a, _), (b, _) = loss_and_gradient(tiny_net(), images, texts), loss_and_gradient(tiny_net(), images, texts, autocast=True)
+        errors.append(float(abs(a - b)/abs(a)))
+    assert 0 < sum(errors)/6 < 2e-2
 
 
 def test_fused_optimiser_makes_the_same_steps():

@@ -6,7 +6,7 @@
 __all__ = ['patchify', 'unpatchify', 'hide_patches', 'norm_pixels', 'piece_tables', 'number_words', 'hide_words',
            'grid_positions', 'PixelDecoder', 'SharedMemory', 'ReportLayer', 'ReportDecoder', 'MPMA', 'Rebuilt']
 
-# %% ../../nbs/models/25_mpma.ipynb #8147c18a
+# %% ../../nbs/models/25_mpma.ipynb #466ecb89
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from ..profiles import Profile
 from ..settings import G2DError
-from .attention_pool import resample_positions
+from .attention_pool import WordProjector, resample_positions
 from .decoder import UNetDecoder
 from .g2d import G2D, G2DOutput, evaluating
 
@@ -219,7 +219,7 @@ def forward(self: ReportDecoder, ids: Int[Tensor, "b l"], # with [MASK] where a 
     for layer in self.layers: x = layer(x, padding, patches, unseen)
     return self.norm(x)
 
-# %% ../../nbs/models/25_mpma.ipynb #80690b3f
+# %% ../../nbs/models/25_mpma.ipynb #ec4a728f
 class MPMA(G2D):
     "Paired masking with alignment, re-implemented from the abstract of arXiv 2305.07920; every open choice is named in this notebook."
     def __init__(self, p: Profile # with method="mpma" and dense_target="none"
@@ -237,11 +237,8 @@ class MPMA(G2D):
         if p.word_weight:
             memory = SharedMemory(p.report_decoder[0], p.memory_slots, p.memory_topk, p.memory_heads) if p.fusion == 'memory' else None
             self.report_decoder = ReportDecoder(len(tokenizer), p.max_text_tokens, encoder.channels[-1], *p.report_decoder, p.fusion, memory)
-        if p.local != 'none': self.word_projector = _word_projector(self.text_encoder.width, p.embed_dim)
+        if p.local != 'none': self.word_projector = WordProjector(self.text_encoder.width, p.embed_dim)
         for name, table in zip(('begins', 'special'), piece_tables(tokenizer)): self.register_buffer(name, table, persistent=False)
-
-def _word_projector(width_in, width): # ours: the form of the text projector, normalised within a word and not over the batch's words
-    return nn.Sequential(nn.Linear(width_in, width, bias=False), nn.LayerNorm(width, elementwise_affine=False), nn.ReLU(), nn.Linear(width, width, bias=False))
 
 def _start_positions(net):
     "MAE's sin-cos positions as the start of a random ViT (MAE keeps them fixed; here they are trained on)."
