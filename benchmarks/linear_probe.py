@@ -4,6 +4,7 @@
     python benchmarks/linear_probe.py --small                          # 120 phantoms of 64 x 64, 2 seeds: a minute or two
     python benchmarks/linear_probe.py --store DIR --start RUN --device cuda
 
+The encoder comes from one checkpoint for all seeds and fractions, as in any comparison of a pre-training (with `--start random` a checkpoint of random weights is written: times are the same).
 Both sides call `g2d.tasks.classification.finetune`: same protocol, films, order, seeds, and `cache` on or off. "Computed once" starts with nothing in memory
 and no file; its time holds the encoder's one pass over the films. "In every epoch" runs the encoder for each training batch, for the validation films in each
 validation, and for the test films at the end, as MGCA's code does. Intervals and curves are left out on both sides (`draws=0`). The sides take turns, so that a
@@ -13,8 +14,10 @@ import argparse, json, sys, tempfile, time
 from pathlib import Path
 import numpy as np, torch
 from g2d.bench import machine
+from g2d.checkpoint import Checkpoint
 from g2d.data.store import RadiographStore
 from g2d.data.phantom import make_phantom_store
+from g2d.models.g2d import G2D
 from g2d.profiles import profile
 from g2d.settings import G2DError
 from g2d.tasks import classification
@@ -44,7 +47,12 @@ def main():
     torch.set_num_threads(a.threads)
     with tempfile.TemporaryDirectory() as folder:
         store = RadiographStore.open(a.store) if a.store else make_phantom_store(Path(folder)/'store', a.films, size=a.size, seed=7, split=dict(train=.7, val=.1, test=.2))
-        start = find_start(a.start, profile('demo', image_encoder=a.network, pretrained=False, image_size=a.size, crop_size=a.size))
+        p = profile('demo', image_encoder=a.network, pretrained=False, image_size=a.size, crop_size=a.size, text_encoder='tiny', frozen_layers=0, text_pool='cls')
+        if a.start == 'random':
+            torch.manual_seed(0)
+            a.start = Path(folder)/'random.safetensors'
+            Checkpoint.of(G2D(p)).save(a.start)
+        start = find_start(a.start, p)
         rows, skipped = [], []
         probe(store, start, protocol('linear', 'demo', epochs=1), 1., 0, a.device, False) # imports, first use of kernels
         classification._kept.clear()                                                     # nothing is known when the clock starts

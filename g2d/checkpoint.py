@@ -62,14 +62,14 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict, groups: li
         for name, value in values.items():
             if torch.is_tensor(value) and value.shape == x.shape and value.stride() != x.stride(): values[name] = torch.empty_like(x, dtype=value.dtype).copy_(value)
 
-# %% ../nbs/40_checkpoint.ipynb #fd298057
+# %% ../nbs/40_checkpoint.ipynb #b93c78e5
 @dataclass
 class Checkpoint:
     "A G2D model with all that continues or explains its training."
     profile: Profile
     weights: dict                                    # name -> tensor, the model's state_dict
     about: dict = field(default_factory=dict)        # version, start weights, store hash, validation, position
-    training: dict = field(default_factory=dict)     # optimiser and random states; empty in a final export
+    training: dict = field(default_factory=dict)     # optimiser, random states, averaged teacher; empty in a final export
     path: Path | None = None                         # the file it was read from or written to
     seen: torch.Tensor | None = None                 # int64 fingerprints of the training images and patients, see `g2d.data.splits.fingerprints`
 
@@ -88,7 +88,7 @@ def start_weights(model) -> dict:
     "Which weights the two encoders started from, in the words of their loaders."
     return dict(image=model.image_encoder.weights, text=model.text_encoder.weights)
 
-# %% ../nbs/40_checkpoint.ipynb #f928cee1
+# %% ../nbs/40_checkpoint.ipynb #4e04c3cb
 from fastcore.basics import patch
 
 @patch
@@ -97,6 +97,7 @@ def save(self: Checkpoint, path: str | Path) -> 'Checkpoint':
     tensors = {f'model/{k}': v for k, v in self.weights.items()}
     tensors |= {f'optimizer/{k}': v for k, v in self.training.get('optimizer', {}).items()}
     tensors |= {f'random/{k}': v for k, v in self.training.get('random', {}).items()}
+    tensors |= {f'teacher/{k}': v for k, v in self.training.get('teacher', {}).items()}
     if self.seen is not None: tensors['seen/prints'] = self.seen
     header = dict(profile=self.profile.to_dict(), about=self.about, groups=self.training.get('groups'))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def _read(path):
     except G2DError: raise
     except Exception as error: raise G2DError(f'{path} is damaged or half-written ({type(error).__name__}: {str(error)[:80]}); use an older checkpoint or start again.') from None
 
-# %% ../nbs/40_checkpoint.ipynb #aa17a559
+# %% ../nbs/40_checkpoint.ipynb #2910cf5d
 @patch(cls_method=True)
 def load(cls: Checkpoint, path: str | Path # a checkpoint file, or the folder of a run
         ) -> 'Checkpoint':
@@ -132,6 +133,7 @@ def load(cls: Checkpoint, path: str | Path # a checkpoint file, or the folder of
         tensors = {k: v for k, v in _read(path.parent.parent/'checkpoint.safetensors')[1].items() if k.startswith('model/')} | tensors
     part = lambda name: {k[len(name)+1:]: v for k, v in tensors.items() if k.startswith(name + '/')}
     training = dict(optimizer=part('optimizer'), groups=header['groups'], random=part('random')) if header.get('groups') else {}
+    if training and (teacher := part('teacher')): training['teacher'] = teacher
     return cls(Profile.from_dict(header['profile']), part('model'), header['about'], training, path, tensors.get('seen/prints'))
 
 # %% ../nbs/40_checkpoint.ipynb #07945c2d

@@ -201,9 +201,10 @@ def _show_plan(found, workers):
     known = left['estimate'].dropna()
     print(f'{len(left)} of {len(found)} to run' + (f', about {known.mean()*len(left)/workers/60:.1f} minutes with {workers} worker{"s" if workers > 1 else ""} (from earlier runs of {len(known)} of them)' if len(known) else '; no earlier run says how long it takes' if len(left) else ''))
 
-# %% ../nbs/80_cli.ipynb #cb7ba713
+# %% ../nbs/80_cli.ipynb #05f655a6
 @app.command()
-def results(where: Annotated[Optional[list[str]], typer.Option(help='only these: column=value or column~pattern, such as metric~dice or fraction=0.01; may be repeated')] = None,
+def results(what: Annotated[Optional[str], typer.Argument(help='phantombench: the tables of the committed benchmark; nothing: a table over the runs of this machine')] = None,
+            where: Annotated[Optional[list[str]], typer.Option(help='only these: column=value or column~pattern, such as metric~dice or fraction=0.01; may be repeated')] = None,
             form: Annotated[str, typer.Option('--format', help='markdown, latex or csv')] = 'markdown',
             seeds: Annotated[bool, typer.Option(help='means over seeds; --no-seeds for every single number')] = True,
             published: Annotated[bool, typer.Option('--published', help='add published numbers of the same task, data set, fraction and metric, and the difference')] = False,
@@ -211,10 +212,13 @@ def results(where: Annotated[Optional[list[str]], typer.Option(help='only these:
             out: Annotated[Optional[Path], typer.Option(help='write the table to this file instead of the terminal')] = None,
             page: Annotated[bool, typer.Option('--page', help='write results.html into the output folder: all runs with their pictures')] = False,
             notebooks: Annotated[bool, typer.Option('--notebooks', help='with --page: also each executed notebook as HTML')] = False,
-            output: Annotated[Optional[Path], typer.Option(help='folder of the runs; settings.ini if not given')] = None):
-    "A table over all finished runs, or a page of pictures."
+            output: Annotated[Optional[Path], typer.Option(help='folder of the runs; settings.ini if not given')] = None,
+            bench_: Annotated[Optional[Path], typer.Option('--results', help='phantombench: folder of its CSVs; results/phantombench of the repository if not given')] = None,
+            update: Annotated[bool, typer.Option('--update', help='phantombench: write methods.csv (or ideas.csv) from the finished runs of --table')] = False):
+    "A table over all finished runs, or a page of pictures; or the tables of the benchmark on phantoms."
     from g2d.results import collect, keep, of_table, over_seeds, beside_published, render, write_page, FORMATS
     if form not in FORMATS: raise G2DError(f'There is no format "{form}"; there is {", ".join(FORMATS)}.')
+    if what is not None or bench_ or update: return _phantombench(what, form, table, out, output, bench_, update)
     if page:
         print(f'The page with all runs: {write_page(output, filters=where or [], notebooks=notebooks)}')
         return
@@ -228,10 +232,25 @@ def results(where: Annotated[Optional[list[str]], typer.Option(help='only these:
     shown = over_seeds(frame) if seeds else frame.drop(columns=['parameters', 'folder'])
     if published: shown = beside_published(over_seeds(frame))
     text = render(shown.dropna(axis=1, how='all') if form != 'csv' else shown, form)
+    _print_or_write(text, out, f'{len(shown)} rows')
+
+def _print_or_write(text, out, what):
+    "Text to the terminal, or whole into a file."
     if out is None: print(text, end=''); return
     from g2d.files import atomic_path
     with atomic_path(out) as temporary: temporary.write_text(text, encoding='utf-8')
-    print(f'{len(shown)} rows in {out}')
+    print(f'{what} in {out}')
+
+# %% ../nbs/80_cli.ipynb #fa5976a3
+def _phantombench(what, form, table, out, output, folder, update):
+    "The tables of the benchmark, or its files anew."
+    from g2d.phantombench import bench_text, update_bench
+    if what != 'phantombench': raise G2DError(f'There are no results of "{what}"; g2d results phantombench is the only benchmark.' if what else '--results and --update belong to: g2d results phantombench.')
+    if not update: return _print_or_write(bench_text(folder, form), out, 'The tables are')
+    if table is None: raise G2DError('--update needs --table, the batch table whose runs are wanted.')
+    path, open_ = update_bench(table, output, folder or 'results/phantombench')
+    if open_: print(f'{len(open_)} rows of the table are not finished, such as {", ".join(open_[:3])}', file=sys.stderr)
+    print(f'The numbers of {table} are in {path}')
 
 # %% ../nbs/80_cli.ipynb #295d99ef
 @app.command()

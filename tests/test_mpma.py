@@ -13,7 +13,7 @@ from g2d.data.phantom import make_phantom_store, phantom
 from g2d.models.decoder import smp_arguments
 from g2d.models.g2d import G2D, parts_with_gradient
 from g2d.models.image_encoder import ImageEncoder
-from g2d.models.mpma import (MPMA, PixelDecoder, ReportDecoder, SharedMemory, grid_positions, hide_patches, hide_words, norm_pixels, number_words, patchify, piece_tables,
+from g2d.models.mpma import (MPMA, PixelDecoder, ReportDecoder, SharedMemory, UNetPixels, grid_positions, hide_patches, hide_words, norm_pixels, number_words, patchify, piece_tables,
                              unpatchify)
 from g2d.models.text_encoder import TextEncoder, load_bert, minilm_folder
 from g2d.profiles import profile
@@ -376,6 +376,51 @@ def test_pixel_decoder_puts_features_in_their_places():
     with torch.no_grad(): a, b = decoder(z, torch.tensor([[0, 4, 7]]), (3, 3)), decoder(z[:, order], torch.tensor([[0, 4, 7]])[:, order], (3, 3))
     close(a, b, 1e-6)
     assert a.shape == (1, 9, 4)
+
+
+def test_a_u_net_learns_what_each_place_has_on_average():
+    "At the start the positions change nothing; they alone can draw any mean film, at any size."
+    torch.manual_seed(0)
+    decoder, pyramid = UNetPixels((4, 8), 8, 2, 32, (8, 4)), [torch.randn(2, 4, 16, 16), torch.randn(2, 8, 8, 8)]
+    with torch.no_grad():
+        plain = patchify(F.pixel_shuffle(decoder.unet(pyramid, (32, 32)), 2), 8)
+        assert torch.equal(decoder(pyramid, (32, 32)), plain) and plain.shape == (2, 64, 64)
+        mean, features = torch.randn(64, 64), decoder.places[:2](grid_positions(32, (8, 8)))
+        decoder.places[2].weight.copy_(torch.linalg.lstsq(features.double(), mean.double()).solution.T)
+        close(decoder(pyramid, (32, 32)) - plain, mean.expand(2, -1, -1), .1)     # float32 of an ill-conditioned fit; a sum of stripes is off by more than 1
+        assert decoder([torch.randn(1, 4, 12, 16), torch.randn(1, 8, 6, 8)], (24, 32)).shape == (1, 48, 64)
+
+
+def test_the_report_decoder_starts_from_counts_and_trains_on_the_words_that_occur(pairs):
+    model = build()
+    decoder, texts = model.report_decoder, pairs[1]
+    model.start_words(texts)
+    tokens = model.text_encoder.tokenize(texts)
+    words = number_words(tokens['input_ids'], tokens['attention_mask'], model.begins, model.special) >= 0
+    counts = np.zeros(len(decoder.bias))
+    for i in tokens['input_ids'][words].tolist(): counts[i] += 1
+    close(decoder.bias.detach().softmax(0), torch.tensor((counts + .01)/(counts + .01).sum()).float(), 1e-6)
+    assert decoder.vocabulary.tolist() == np.flatnonzero(counts).tolist()
+    hidden, labels = torch.randn(9, 32), torch.tensor(np.random.default_rng(0).choice(np.flatnonzero(counts), 9))
+    scores, at = decoder.train().asked(hidden, labels)
+    far = decoder.logits(hidden).masked_fill(torch.tensor(counts == 0), -torch.inf)          # the others can never be the answer
+    close(F.cross_entropy(scores, at), F.cross_entropy(far, labels), 1e-5)
+    assert scores.shape[1] == (counts > 0).sum() and torch.equal(decoder.vocabulary[at], labels)
+    scores, at = decoder.eval().asked(hidden, labels)
+    assert torch.equal(scores, decoder.logits(hidden)) and torch.equal(at, labels)
+    model.train()(*pairs).extra['word_logits'].sum().backward()
+    assert decoder.words.weight.grad is not None
+
+
+def test_without_alignment_the_embeddings_are_by_products(pairs, monkeypatch):
+    "One pass of the image encoder over the masked film, and no mask in the text, whatever align_on says."
+    for align_on in ('masked', 'full'):
+        model = build(image_encoder='resnet18', local='none', global_weight=0., align_on=align_on).train()
+        passes, encode = [], model._encode
+        monkeypatch.setattr(model, '_encode', lambda *a: passes.append(len(a)) or encode(*a))
+        monkeypatch.setattr(model, '_embed_text', lambda texts, tokens, ids, words: (passes.append(torch.equal(ids, tokens['input_ids'])), (torch.zeros(4, 128), {}))[1])
+        model(*pairs)
+        assert passes == [3, True]
 
 
 @pytest.mark.parametrize('name', BACKBONES)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['patchify', 'unpatchify', 'hide_patches', 'norm_pixels', 'piece_tables', 'number_words', 'hide_words',
-           'grid_positions', 'PixelDecoder', 'SharedMemory', 'ReportLayer', 'ReportDecoder', 'MPMA', 'Rebuilt']
+           'grid_positions', 'PixelDecoder', 'UNetPixels', 'SharedMemory', 'ReportLayer', 'ReportDecoder', 'MPMA',
+           'Rebuilt']
 
 # %% ../../nbs/models/25_mpma.ipynb #466ecb89
 from typing import NamedTuple
@@ -119,6 +120,28 @@ class PixelDecoder(nn.Module):
         full = self.mask_token.to(x.dtype).expand(len(x), grid[0]*grid[1], -1).scatter(1, keep[..., None].expand_as(x), x)
         return self.head(self.norm(self.blocks(full + grid_positions(x.shape[-1], grid).to(x))))
 
+# %% ../../nbs/models/25_mpma.ipynb #e8560971
+class UNetPixels(nn.Module):
+    "Pixel decoder of a convolutional encoder: pyramid of the masked film -> pixels of all patches."
+    def __init__(self, channels: tuple, # of the encoder
+                 side: int, # of a patch of the target, in pixels
+                 scale: int, # of the target against what the network sees
+                 width: int, # of the positions
+                 decoder_channels: tuple
+                ):
+        super().__init__()
+        self.side, self.scale, self.width = side, scale, width
+        self.unet = UNetDecoder(channels, decoder_channels, classes=scale**2)
+        self.places = nn.Sequential(nn.Linear(width, 4*width), nn.GELU(), nn.Linear(4*width, side**2))
+        nn.init.zeros_(self.places[2].weight); nn.init.zeros_(self.places[2].bias)
+
+    def forward(self, features: list, size: tuple[int, int] # pyramid; side of what the network saw
+               ) -> Float[Tensor, "b n v"]:
+        "Pixels of every patch."
+        picture = patchify(F.pixel_shuffle(self.unet(features, tuple(size)), self.scale), self.side)
+        grid = tuple(x*self.scale//self.side for x in size)
+        return picture + self.places(grid_positions(self.width, grid).to(picture))
+
 # %% ../../nbs/models/25_mpma.ipynb #fb550623
 class SharedMemory(nn.Module):
     "R2GenCMN's memory: `x + response`, where the top-k rows of one learned matrix answer each feature."
@@ -165,7 +188,7 @@ class ReportLayer(nn.Module):
             x = x + self.attend_cross(self.norm_cross(x), patches, patches, key_padding_mask=unseen, need_weights=False)[0]
         return x + self.mlp(self.norm_mlp(x))
 
-# %% ../../nbs/models/25_mpma.ipynb #378e3526
+# %% ../../nbs/models/25_mpma.ipynb #0930b966
 class ReportDecoder(nn.Module):
     "A small transformer over word embeddings that sees the film: ids and patches -> features of the words -> scores of the vocabulary."
     def __init__(self, vocabulary: int, max_tokens: int, # entries, longest report
@@ -176,8 +199,9 @@ class ReportDecoder(nn.Module):
                 ):
         super().__init__()
         if width % heads: raise G2DError(f'report_decoder: {heads} heads do not divide the width {width}.')
-        self.words, self.positions = nn.Embedding(vocabulary, width), nn.Parameter(torch.randn(max_tokens, width)*.02)
-        nn.init.normal_(self.words.weight, std=.02)
+        self.words, self.positions = nn.Embedding(vocabulary, width), nn.Parameter(grid_positions(2*width, (1, max_tokens))[:, :width]/width**.5)
+        nn.init.normal_(self.words.weight, std=width**-.5)
+        self.vocabulary = None                                     # numbers of the words that training can ask for; None = all
         self.from_image, self.fusion, self.memory = nn.Linear(width_in, width), fusion, memory
         self.norm_patches = None if fusion == 'add' else nn.LayerNorm(width)
         self.layers = nn.ModuleList(ReportLayer(width, heads, fusion != 'add') for _ in range(layers))
@@ -189,6 +213,20 @@ class ReportDecoder(nn.Module):
         return self.words(ids) + self.positions[:ids.shape[1]]
 
     def logits(self, hidden: Float[Tensor, "... w"]) -> Float[Tensor, "... v"]: return F.linear(hidden, self.words.weight.to(hidden.dtype), self.bias.to(hidden.dtype))
+
+    def start(self, counts: Int[Tensor, "v"] # how often each entry of the vocabulary occurs in the training reports
+             ) -> None:
+        "Begin where counting ends: the bias is the log of the share of each word, and training chooses among the words that occur."
+        share = (counts.double() + .01)/(counts.double() + .01).sum()
+        with torch.no_grad(): self.bias.copy_(share.log())
+        self.vocabulary = counts.nonzero()[:, 0].to(self.bias.device)
+
+    def asked(self, hidden: Float[Tensor, "m w"], labels: Int[Tensor, "m"]) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m"]]:
+        "Scores and labels for the loss; in training of the words that occur in its reports alone."
+        if self.vocabulary is None or not self.training: return self.logits(hidden), labels
+        words = self.vocabulary.to(labels.device)
+        scores = F.linear(hidden, self.words.weight[words].to(hidden.dtype), self.bias[words].to(hidden.dtype))
+        return scores, torch.searchsorted(words, labels)
 
 # %% ../../nbs/models/25_mpma.ipynb #eac97377
 @patch
@@ -219,7 +257,7 @@ def forward(self: ReportDecoder, ids: Int[Tensor, "b l"], # with [MASK] where a 
     for layer in self.layers: x = layer(x, padding, patches, unseen)
     return self.norm(x)
 
-# %% ../../nbs/models/25_mpma.ipynb #ec4a728f
+# %% ../../nbs/models/25_mpma.ipynb #d52617fb
 class MPMA(G2D):
     "Paired masking with alignment, re-implemented from the abstract of arXiv 2305.07920; every open choice is named in this notebook."
     def __init__(self, p: Profile # with method="mpma" and dense_target="none"
@@ -230,7 +268,7 @@ class MPMA(G2D):
         self.patch_side = encoder.net.patch_embed.patch_size[0] if encoder.vit else p.mask_patch
         self.decoder = self.pixel_decoder = self.report_decoder = self.word_projector = None
         if p.pixel_weight and encoder.vit: self.pixel_decoder = PixelDecoder(encoder.channels[-1], (self.patch_side*side)**2, *p.pixel_decoder)
-        elif p.pixel_weight: self.pixel_decoder = UNetDecoder(encoder.channels, p.decoder_channels, classes=side**2)
+        elif p.pixel_weight: self.pixel_decoder = UNetPixels(encoder.channels, self.patch_side*side, side, p.pixel_decoder[0], p.decoder_channels)
         if encoder.vit and encoder.weights == 'random': _start_positions(encoder.net)
         tokenizer = self.text_encoder.tokenizer
         if tokenizer.mask_token_id is None: raise G2DError(f'The tokenizer of "{p.text_encoder}" has no mask token, which MPMA needs.')
@@ -333,13 +371,24 @@ def _embed_text(self: MPMA, texts, tokens, ids, words):
     if self.word_projector is None: return self.text_projector(found), {}
     return self.text_projector(found), dict(words=self.word_projector(found.tokens), word_mask=words.long())
 
-# %% ../../nbs/models/25_mpma.ipynb #8ec667d0
+# %% ../../nbs/models/25_mpma.ipynb #4f9b6262
+@patch
+def start_words(self: MPMA, texts: list[str], progress: bool = False) -> None:
+    "Count the words of the training reports and let the report decoder begin there; the same texts give the same start."
+    from tqdm import tqdm
+    if self.report_decoder is None: return
+    counts = torch.zeros(len(self.begins), dtype=torch.long)
+    for i in tqdm(range(0, len(texts), 1000), desc='count words', mininterval=2, delay=2, disable=not progress):
+        tokens = self.text_encoder.tokenize(texts[i:i + 1000])
+        ids, mask = (tokens[name].to(self.begins.device) for name in ('input_ids', 'attention_mask'))
+        asked = torch.ones_like(ids, dtype=torch.bool) if self.profile.word_targets == 'all' else number_words(ids, mask, self.begins, self.special) >= 0
+        counts += torch.bincount(ids[asked].cpu(), minlength=len(counts))
+    self.report_decoder.start(counts)
+
 @patch
 def _rebuild_pixels(self: MPMA, seen, size):
     "Predicted patches [B, n, c] of a film of `size` (what the network saw)."
-    if seen.features is None: return self.pixel_decoder(seen.z, seen.places, seen.grid)
-    picture = F.pixel_shuffle(self.pixel_decoder(seen.features, tuple(size)), self.profile.super_resolution)
-    return patchify(picture, self.patch_side*self.profile.super_resolution)
+    return self.pixel_decoder(seen.z, seen.places, seen.grid) if seen.features is None else self.pixel_decoder(seen.features, size)
 
 @patch
 def pixel_target(self: MPMA, film: Float[Tensor, "b 1 H W"]) -> Float[Tensor, "b n c"]:
@@ -356,10 +405,10 @@ def _rebuilt(self: MPMA, seen, film, size, hidden, tokens, ids, hidden_words):
     asked = torch.ones_like(hidden_words) if p.word_targets == 'all' else hidden_words
     if p.word_weight and (p.word_mask_ratio > 0 or p.word_targets == 'all'):
         fused = self.report_decoder(ids, tokens['attention_mask'], seen.z, seen.places, seen.grid, seen.unseen)
-        extra |= dict(word_logits=self.report_decoder.logits(fused[asked]), word_labels=tokens['input_ids'][asked])
+        extra |= dict(zip(('word_logits', 'word_labels'), self.report_decoder.asked(fused[asked], tokens['input_ids'][asked])))
     return extra
 
-# %% ../../nbs/models/25_mpma.ipynb #cf268875
+# %% ../../nbs/models/25_mpma.ipynb #d101fbd9
 @patch
 def forward(self: MPMA, images: Float[Tensor, "b c H W"], # in [0, 1]
             texts: dict[str, Tensor] | list[str], # texts, or tokens from `text_encoder.tokenize`
@@ -372,9 +421,10 @@ def forward(self: MPMA, images: Float[Tensor, "b c H W"], # in [0, 1]
     generator = None if self.training else torch.Generator().manual_seed(0)
     hidden, keep = self._hide_patches(shown, p.image_mask_ratio, generator)
     words, hidden_words, ids = self._hide_words(tokens, p.word_mask_ratio, generator)
-    masked, seen = self.training and p.align_on == 'masked', self._encode(shown, hidden, keep)
+    aligned = bool(p.global_weight) or p.local != 'none'   # otherwise the embeddings are by-products, made as cheaply as can be
+    masked, seen = self.training and (p.align_on == 'masked' or not aligned), self._encode(shown, hidden, keep)
     image_emb, patch_emb, attention = self._embed_seen(seen) if masked else self.encode_image(shown)
-    text_emb, extra = self._embed_text(texts, tokens, ids if masked else tokens['input_ids'], (words >= 0) & ~(hidden_words & masked))
+    text_emb, extra = self._embed_text(texts, tokens, ids if masked and aligned else tokens['input_ids'], (words >= 0) & ~(hidden_words & masked))
     extra = extra | self._rebuilt(seen, film, shown.shape[-2:], hidden, tokens, ids, hidden_words)
     return G2DOutput(image_emb, text_emb, patch_emb, attention, None, extra)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..settings import G2DError
 from .training import TaskResult, films, patient_interval, task_views
 
-# %% ../../nbs/tasks/59_reconstruction.ipynb #a92bb179
+# %% ../../nbs/tasks/59_reconstruction.ipynb #fd3b708f
 def _prepared(net, view, device, batch_size=32):
     "Films as the network was trained on them, and their texts, in batches."
     from g2d.data.loading import Augment
@@ -29,7 +29,7 @@ def blind_predictors(net, # an `MPMA`
                      device='cpu'
                     ) -> tuple: # mean target [n, c] or None, log share of each token [V] or None
     "The mean film, in the space of the target, and the log frequency of each token."
-    total, n, counts = 0., 0, torch.ones(len(net.begins), dtype=torch.float64)
+    total, n, counts = 0., 0, torch.full((len(net.begins),), .01, dtype=torch.float64)
     for images, texts in _prepared(net, train, device):
         film = net._seen_and_target(images)[1]
         if net.profile.pixel_weight and film is not None: total, n = total + net.pixel_target(film).double().sum(0), n + len(film)

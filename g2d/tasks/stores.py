@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['nih_rsna', 'shared_vqa_rad', 'find_store']
 
-# %% ../../nbs/tasks/48_stores.ipynb #727ef2cb
+# %% ../../nbs/tasks/48_stores.ipynb #b8a49b8b
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from ..settings import G2DError
+from ..files import explain_os_error
 
 # %% ../../nbs/tasks/48_stores.ipynb #6b107bc6
 _shared = dict( # name -> table, options of the tidy set
@@ -58,8 +60,23 @@ def shared_vqa_rad(source: str | Path # the data root of the shared data
     items = [replace(item, extra=json.loads(item.extra['extra'])) for item in found.items]
     return Listing(items, found.rejected, 'vqa_rad', 'CC0 1.0', schemes=vqa_schemes(items), split='fixed')
 
-# %% ../../nbs/tasks/48_stores.ipynb #dae48d1c
-def find_store(name: str | Path, # phantoms, phantoms:N, layout:SET, real:SET, store:NAME (in outputs/stores), or the folder of a store
+# %% ../../nbs/tasks/48_stores.ipynb #04a43031
+@contextmanager
+def _alone(path):
+    "Two runs of a table may ask for the same store at once: one makes it, the others wait, for as long as it takes."
+    from filelock import FileLock, Timeout
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise explain_os_error(error, path.parent) from error
+    lock = FileLock(path.with_name(f'.{path.name}.lock'))
+    try:
+        try: lock.acquire(timeout=2)
+        except Timeout: print(f'Another process is making {path.name}; waiting for it.', flush=True); lock.acquire()
+    except OSError as error: raise explain_os_error(error, path.parent) from error
+    try: yield path
+    finally: lock.release()
+
+# %% ../../nbs/tasks/48_stores.ipynb #23bd2003
+def find_store(name: str | Path, # phantoms, phantoms:N, phantombench, layout:SET, real:SET, store:NAME (in outputs/stores), or the folder of a store
                size: int = 128, # side in pixels of a store that is made here
                n: int = 300, # phantoms, or films of a layout
                seed: int = 7 # of phantoms
@@ -73,9 +90,14 @@ def find_store(name: str | Path, # phantoms, phantoms:N, layout:SET, real:SET, s
         from g2d.data.phantom import make_phantom_store
         if which and not which.isdigit(): raise G2DError(f'"{name}" is no store; expected phantoms or phantoms:NUMBER.')
         n = int(which or n)
-        return make_phantom_store(place/f'phantoms_{n}_{size}_{seed}', n, size=size, seed=seed, split=dict(train=.7, val=.1, test=.2))
-    if kind == 'layout': return _layout_store(which, place, size, n, seed)
-    if kind == 'real': return _shared_store(which, place/f'real_{which}_{size}', size)
+        with _alone(place/f'phantoms_{n}_{size}_{seed}') as path: return make_phantom_store(path, n, size=size, seed=seed, split=dict(train=.7, val=.1, test=.2))
+    if kind == 'phantombench':
+        from g2d.data.phantom import make_phantom_store
+        with _alone(place/'phantombench_v1') as path: return make_phantom_store(path, 26_000, size=256, seed=2024, split=dict(train=20_000, val=2_000, test=4_000))
+    if kind == 'layout':
+        with _alone(place/f'layout_{which}_{n}_{seed}'): return _layout_store(which, place, size, n, seed)
+    if kind == 'real':
+        with _alone(place/f'real_{which}_{size}') as path: return _shared_store(which, path, size)
     if kind == 'store': return RadiographStore.open(place/which)
     return RadiographStore.open(name)
 

@@ -1,0 +1,172 @@
+"PhantomBench: rows from runs, means, claim, paired ideas and attention against plain arithmetic, the command line, and the batch tables."
+import json, math, sys
+from pathlib import Path
+import numpy as np, pandas as pd
+import pytest
+from g2d.files import write_json
+from g2d.phantombench import BENCH_COLUMNS, attention_table, bench_folder, bench_means, bench_rows, bench_text, claim_table, method_tables, paired_table, update_bench, verdict
+from g2d.runs import plan_rows, read_rows
+from g2d.settings import G2DError
+
+TABLES = Path(__file__).parents[1]/'nbs'/'experiments'/'tables'
+T2 = 4.302652729911275         # Student's 97.5 % point at two degrees of freedom
+
+
+def line(method, seed, task, fraction, metric, value): return dict(zip(BENCH_COLUMNS, (method, seed, task, fraction, metric, value, float('nan'), float('nan'))))
+
+
+@pytest.fixture
+def rows():
+    "g2d is far ahead of gloria at 100 %, level with mgca, behind imagenet; three seeds each."
+    found = []
+    for method, values in dict(g2d=(.50, .52, .51), gloria=(.30, .32, .31), mgca=(.50, .54, .49), ImageNet=(.80, .81, .79)).items():
+        for seed, value in enumerate(values):
+            for fraction in (.01, 1.): found.append(line(method, seed, 'segmentation, encoder', fraction, 'dice_positives', value - .4*(method == 'g2d' and fraction < 1)))
+            if method == 'g2d': found += [line(method, seed, 'segmentation, encoder + decoder', .01, 'dice_positives', value), line(method, seed, 'segmentation, encoder + decoder', .01, 'iou_positives', .9)]
+            found.append(line(method, seed, 'retrieval', float('nan'), 'image_to_text_R@1', value/10))
+    return pd.DataFrame(found)
+
+
+def test_means_and_methods(rows):
+    means = bench_means(rows).set_index(['method', 'task', 'fraction', 'metric'])
+    found = means.loc[('mgca', 'segmentation, encoder', 1., 'dice_positives')]
+    values = np.array([.50, .54, .49])
+    assert found['mean'] == pytest.approx(values.mean()) and found['half'] == pytest.approx(T2*values.std(ddof=1)/math.sqrt(3)) and found['seeds'] == 3
+    table = method_tables(rows)['segmentation, encoder']
+    assert list(table.index) == ['g2d', 'gloria', 'mgca', 'ImageNet'] and list(table) == ['dice_positives at 1 %', 'dice_positives at 100 %']
+    assert table.loc['g2d'].tolist() == ['0.110 ± 0.025', '0.510 ± 0.025']
+    assert list(method_tables(rows)['retrieval']) == ['image_to_text_R@1'] and list(method_tables(rows)['segmentation, encoder + decoder']) == ['dice_positives at 1 %']
+
+
+@pytest.mark.parametrize('a, b, said', [((.5, .1), (.3, .05), 'leads'), ((.3, .05), (.5, .1), 'behind'), ((.5, .1), (.4, .05), 'intervals overlap'), ((.5, .1), (.36, .05), "intervals overlap"),
+                                        ((.5, float('nan')), (.3, .1), 'one seed'), ((.5, .1), (.3, float('nan')), 'one seed')])
+def test_verdict(a, b, said): assert verdict(*a, *b) == said
+
+
+def test_claim_takes_the_decoder_where_there_is_one(rows):
+    claim = claim_table(rows).set_index('peer')
+    assert claim['verdict'].to_dict() == dict(gloria='leads', mgca='intervals overlap', ImageNet='behind')
+    assert claim['at 1 %'].unique().tolist() == ['0.510 ± 0.025'] and claim.loc['gloria', 'difference'] == '+0.200' and set(claim['task']) == {'segmentation'}
+    assert len(claim_table(rows[rows['fraction'] != 1.])) == 0
+    assert claim_table(rows[rows['seed'] == 0])['verdict'].unique().tolist() == ['one seed']
+
+
+def test_ideas_are_paired_by_seed():
+    values = {'mask as paper': (.30, .50, .40), 'sentences': (.33, .53, .44), 'teacher': (.20, .70, .40), 'one': (.6,)}
+    rows = pd.DataFrame([line(m, s, 'segmentation, encoder + decoder', .01, 'dice_positives', v) for m, vs in values.items() for s, v in enumerate(vs)] + [line('random', 0, 'retrieval', float('nan'), 'image_to_text_R@1', 0.)])
+    table = paired_table(rows).set_index('method')
+    d = np.array([.03, .03, .04])
+    half = T2*d.std(ddof=1)/math.sqrt(3)
+    assert table.loc['sentences', ['difference', 'low', 'high']].tolist() == pytest.approx([d.mean(), d.mean() - half, d.mean() + half])
+    assert table['verdict'].to_dict() == dict(sentences='higher', teacher='not separated', one='one seed') and set(table['reference']) == {'mask as paper'}
+    assert paired_table(rows, 'sentences').set_index('method').loc['mask as paper', 'verdict'] == 'lower'
+    with pytest.raises(G2DError, match='no method "best"'): paired_table(rows, 'best')
+
+
+def test_attention_long_rows():
+    frame = pd.DataFrame([dict(method=m, step=s, seed=k, metric=n, value=v + k*.1) for m, v in (('g2d', .2), ('mpma', .1)) for s in ('attention', 'smooth') for n in ('pointing', 'entropy') for k in range(3)])
+    table = attention_table(frame)
+    assert list(table) == ['method', 'step', 'pointing', 'entropy'] and len(table) == 4
+    assert table.iloc[0].tolist() == ['g2d', 'attention', f'0.300 ± {T2*.1/math.sqrt(3):.3f}', f'0.300 ± {T2*.1/math.sqrt(3):.3f}']
+    assert list(attention_table(frame[frame.step == 'smooth'].drop(columns='step'))) == ['method', 'pointing', 'entropy']
+    with pytest.raises(G2DError, match='no column "value"'): attention_table(frame.drop(columns='value'))
+
+
+def number(row, experiment, metric, value, **more):
+    return dict(row=row, experiment=experiment, metric=metric, value=value, task=experiment, method=None, fraction=None, seed=None, low=None, high=None, parameters='{}') | more
+
+
+def test_names_of_rows_become_methods():
+    start = 'run:mpma without memory, seed 2/training'
+    frame = pd.DataFrame([
+        number('mpma without memory, seed 2', 'pretrain', 'image_to_text_R@1', .1), number('mpma without memory, seed 2', 'pretrain', 'untrained_image_to_text_R@1', .01),
+        number('g2d, seed 2', 'pretrain', 'untrained_image_to_text_R@1', .5), number('g2d, seed 2', 'pretrain', 'minutes', 9.),
+        number(f'classification, {start}', 'classification', 'auroc', .6, task='linear', method='MPMA-style without memory encoder', fraction=.1, seed=0, low=.5, high=.7),
+        number(f'classification, {start}', 'classification', 'auroc/nodule', .6, task='linear', method='MPMA-style without memory encoder', fraction=.1, seed=0),
+        number(f'segmentation on 100 %, {start}', 'segmentation', 'dice_positives', .2, method='G2D encoder + decoder', fraction=1., seed=0), number(f'segmentation on 100 %, {start}', 'segmentation', 'dice_positives', .4, method='G2D encoder + decoder', fraction=1., seed=1),
+        number(f'detection, {start}', 'detection', 'map', .3, method='MPMA-style encoder (yolov3)', fraction=.01, seed=0),
+        number(f'zero-shot, {start}', 'zero_shot', 'auroc_macro', .7, method='MPMA-style (own, embedding)', seed=0), number(f'zero-shot, {start}', 'zero_shot', 'auroc_macro', .5, method='untrained (own, embedding)', seed=0),
+        number(f'grounding attention, {start}', 'grounding', 'pointing', .25, method='MPMA-style (attention)', parameters='{"map": "attention"}'), number(f'grounding attention, {start}', 'grounding', 'pointing', .35, method='average mask', parameters='{"map": "attention"}'),
+        number('segmentation, random, ImageNet and G2D', 'segmentation', 'dice_positives', .11, method='ImageNet', fraction=.01, seed=1), number('segmentation, random, ImageNet and G2D', 'segmentation', 'dice_positives', .9, method='G2D encoder', fraction=.01, seed=1),
+        number('gallery', 'pretrain', 'image_to_text_R@1', .9)])
+    rows = bench_rows(frame)
+    assert list(rows) == list(BENCH_COLUMNS)
+    found = {(r['method'], r['seed'], r['task'], None if r['fraction'] != r['fraction'] else r['fraction']): r['value'] for r in rows.to_dict('records')}
+    m = 'mpma without memory'
+    assert found == {(m, 2, 'retrieval', None): .1, ('random', 2, 'retrieval', None): .01, (m, 2, 'linear', .1): .6, (m, 2, 'segmentation, encoder + decoder', 1.): pytest.approx(.3), (m, 2, 'detection', .01): .3,
+                     (m, 2, 'zero-shot, own, embedding', None): .7, ('random', 0, 'zero-shot, own, embedding', None): .5, (m, 2, 'grounding, attention', None): .25, ('average mask', 0, 'grounding, attention', None): .35,
+                     ('ImageNet', 1, 'segmentation, encoder', .01): .11}
+    assert rows.set_index('task').loc['linear', ['low', 'high']].tolist() == [.5, .7]
+    with pytest.raises(G2DError, match='nothing for the benchmark'): bench_rows(frame[frame.row == 'gallery'])
+
+
+def call(monkeypatch, capsys, *words):
+    from g2d.cli import main
+    monkeypatch.setattr(sys, 'argv', ['g2d', 'results', *words])
+    with pytest.raises(SystemExit) as stop: main()
+    found = capsys.readouterr()
+    return stop.value.code, found.out, found.err
+
+
+def test_command_prints_the_tables(rows, tmp_path, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, 'phantombench', '--results', str(tmp_path))
+    assert code == 2 and 'There are no results of PhantomBench in' in err and err.count('\n') == 1
+    rows.to_csv(tmp_path/'methods.csv', index=False)
+    rows.replace(dict(method=dict(gloria='finer grid'))).to_csv(tmp_path/'ideas.csv', index=False)
+    pd.DataFrame([dict(method='g2d', seed=0, metric='entropy', value=.5)]).to_csv(tmp_path/'attention.csv', index=False)
+    code, out, _ = call(monkeypatch, capsys, 'phantombench', '--results', str(tmp_path))
+    assert code in (0, None) and '4 methods, 3 to 3 seeds' in out and '| gloria | 0.310 ± 0.025 | 0.310 ± 0.025 |' in out and '| leads |' in out and '| finer grid |' in out and '| g2d | 0.500 |' in out
+    assert 'Ideas against "g2d", paired by seed' in out and out == bench_text(tmp_path)
+    assert call(monkeypatch, capsys, 'phantombench', '--results', str(tmp_path), '--format', 'latex', '--out', str(tmp_path/'t.tex'))[0] in (0, None) and r'\begin{tabular}' in (tmp_path/'t.tex').read_text()
+    assert 'no results of "phantoms"' in call(monkeypatch, capsys, 'phantoms')[2] and '--update needs --table' in call(monkeypatch, capsys, 'phantombench', '--update')[2]
+    assert 'belong to: g2d results phantombench' in call(monkeypatch, capsys, '--update')[2]
+    rows.drop(columns='task').to_csv(tmp_path/'methods.csv', index=False)
+    with pytest.raises(G2DError, match='no column "task"'): bench_text(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'results'/'phantombench').mkdir(parents=True); rows.to_csv(tmp_path/'results'/'phantombench'/'ideas.csv', index=False)
+    assert bench_folder().name == 'phantombench'
+
+
+def test_update_writes_what_the_runs_hold(tmp_path, monkeypatch, capsys):
+    "Two of the four runs of a table are done; the file has their numbers, and the command says what is open."
+    table = tmp_path/'few_ideas.yaml'
+    table.write_text('''- name: "g2d, seed {overrides[seed]}"
+  experiment: pretrain
+  parameters: {store: "phantoms:60", profile_name: "demo"}
+  grid: {overrides: [{"seed": 0}, {"seed": 1}]}
+- name: "segmentation, {checkpoint}"
+  experiment: segmentation
+  parameters: {store: "phantoms:60", baselines: false, fraction: 0.01}
+  grid: {checkpoint: ["run:g2d, seed 0/training", "run:g2d, seed 1/training"]}
+''')
+    plans = {p.row.name: p for p in plan_rows(read_rows(table), tmp_path/'runs')}
+    for name in ('g2d, seed 0', 'segmentation, run:g2d, seed 0/training'):
+        folder = plans[name].folder
+        folder.mkdir(parents=True); write_json(folder/'done.json', dict(seconds=1, parameters=plans[name].parameters))
+        if name.startswith('g2d'): write_json(folder/'metrics.json', {'image_to_text_R@1': .123456789, 'steps': 84, 'iou_pseudo': .2})
+        else: (folder/'results.csv').write_text('start,fraction,seed,metric,value,low,high\nG2D encoder + decoder,0.01,0,dice_positives,0.4,0.3,0.5\n')
+    code, out, err = call(monkeypatch, capsys, 'phantombench', '--update', '--table', str(table), '--output', str(tmp_path/'runs'), '--results', str(tmp_path/'bench'))
+    assert code in (0, None) and 'ideas.csv' in out and '2 rows of the table are not finished' in err
+    text = (tmp_path/'bench'/'ideas.csv').read_text().splitlines()
+    assert text[0] == ','.join(BENCH_COLUMNS) and 'g2d,0,retrieval,,image_to_text_R@1,0.123457,,' in text and 'g2d,0,"segmentation, encoder + decoder",0.01,dice_positives,0.4,0.3,0.5' in text and len(text) == 4
+    assert update_bench(table, tmp_path/'runs', tmp_path/'again')[0].read_bytes() == (tmp_path/'bench'/'ideas.csv').read_bytes()
+
+
+def test_batch_tables():
+    "The rows that both tables have are the same runs; every pre-training builds a profile; three seeds a method; all tasks at full size."
+    from g2d.models.comparators import comparator
+    ideas, small, full = (read_rows(TABLES/f'{name}.yaml') for name in ('phantom_ideas', 'phantom_methods', 'phantombench'))
+    known = {r.name: (r.experiment, json.dumps(r.parameters, sort_keys=True)) for r in small}
+    for r in ideas:
+        if r.name.startswith('g2d,'): assert known[r.name] == (r.experiment, json.dumps(r.parameters, sort_keys=True))
+    one = {k: v for r in small if r.name == 'segmentation, run:g2d, seed 0/training' for k, v in r.parameters.items() if k != 'checkpoint'}
+    assert all({k: v for k, v in r.parameters.items() if k != 'checkpoint'} == one for r in ideas if r.experiment == 'segmentation')
+    for table in (ideas, full):
+        seeds = {}
+        for r in table:
+            if r.experiment != 'pretrain': continue
+            p = comparator(r.parameters['method'], r.parameters['profile_name'], **r.parameters['overrides'])
+            assert r.name.endswith(f', seed {p.seed}') and p.train_split == 'train'
+            seeds.setdefault(r.name.rsplit(', seed', 1)[0], set()).add(p.seed)
+        assert set(map(len, seeds.values())) == {3}
+    assert {r.experiment for r in full} == {'pretrain', 'segmentation', 'classification', 'detection', 'zero_shot', 'grounding', 'retrieval'} and len(seeds) == 10
