@@ -10,7 +10,7 @@ from g2d.pretrain import learning_rate, pretrain
 from g2d.profiles import profile
 from g2d.settings import G2DError
 
-TINY = dict(image_size=64, crop_size=64, image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers=0, text_pool='cls', batch_size=8, epochs=3, global_only_steps=4, decoder_channels=(32, 16, 16, 8))
+TINY = dict(image_size=64, crop_size=64, image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers=0, text_pool='cls', batch_size=8, epochs=3, global_only_steps=4, encoder_depth=3, decoder_channels=(32, 16, 8)) # a checkpoint of 9 MB, written after every step
 
 # A run in a process of its own: saves after every step, and sleeps a little so that it can be killed between any two
 SCRIPT = '''

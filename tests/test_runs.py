@@ -242,4 +242,5 @@ def test_ready_tables_can_be_run(path, tmp_path):
     text = path.read_text()
     if path.stem.startswith('paper_'):
         assert (path.parent/f'phantom_{path.stem[6:]}.yaml').is_file() and 'Estimate' in text and 'store:' in text
+    elif path.stem == 'phantombench': assert 'Estimate' in text and 'store: "phantombench"' in text   # for a GPU; needs no data
     elif path.stem not in ('ablations', 'methods', 'real_shared'): assert 'store:' not in text.replace('"store":', '').replace('store: "', ' ') and '"cuda"' not in text
