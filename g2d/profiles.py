@@ -131,7 +131,7 @@ _row('word_mask_ratio', 'share of the words that are hidden; only mpma', (0.5, '
 _row('mask_patch', 'side of a hidden patch in pixels; a ViT takes its own; only mpma', (16, 'MRM code: ViT-B/16'), (16, 'unused'))
 _row('align_on', 'alignment of masked or of full inputs; only mpma', ('masked', 'ours: one pass; the abstract does not say'), ('masked', 'unused'))
 
-# %% ../nbs/01_profiles.ipynb #f0dc69d3
+# %% ../nbs/01_profiles.ipynb #ac599ccc
 _row('norm_pix', 'pixels of a patch are rebuilt with mean 0 and variance 1; only mpma', (True, 'MRM code: run.sh'), (True, 'unused'))
 _row('super_resolution', 'the target has this multiple of the side the network sees: 1 or 2; only mpma', (2, 'MRM code: 224 seen, 448 rebuilt'), (2, 'unused'), demo=(1, 'ours: two CPU cores'))
 _row('pixel_decoder', 'width, layers and heads of the MAE decoder; only mpma with a ViT', ((768, 4, 6), 'MRM code'), ((768, 4, 6), 'unused'), demo=((96, 2, 3), 'ours: two CPU cores'))
@@ -141,6 +141,7 @@ _row('memory_slots', 'rows of the shared memory; only mpma', (2048, 'R2GenCMN co
 _row('memory_topk', 'memory rows that answer a query; only mpma', (32, 'R2GenCMN code'), (32, 'unused'), demo=(16, 'ours: two CPU cores'))
 _row('memory_heads', 'heads of the memory; only mpma', (8, 'R2GenCMN code'), (8, 'unused'))
 _row('word_targets', 'words that are rebuilt: masked, or all (padding included, as MRM); only mpma', ('masked', 'ours: MRM rebuilds all'), ('masked', 'unused'))
+_row('word_draws', 'masks of each report a training step: the film is encoded once and asked for several sets of hidden words; only mpma', (1, 'MRM code'), (1, 'unused'))
 _row('pixel_weight', 'weight of the image reconstruction; only mpma', (1.0, 'MRM code: 1 to 1'), (1.0, 'unused'))
 _row('word_weight', 'weight of the report reconstruction; only mpma', (1.0, 'MRM code: 1 to 1'), (1.0, 'unused'))
 

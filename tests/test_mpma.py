@@ -269,6 +269,24 @@ def test_word_targets_all_asks_every_position(pairs):
 
 
 @pytest.mark.parametrize('name', BACKBONES)
+def test_several_draws_of_words_ask_the_same_films(name, pairs):
+    "The first draw is the only one of word_draws=1, each further one hides as many words of its own choice, and evaluation draws once."
+    outs = []
+    for draws in (1, 3):
+        torch.manual_seed(0)
+        model = build(image_encoder=name, word_draws=draws).train()
+        torch.manual_seed(1)
+        outs.append(model(*pairs))
+    one, three = outs
+    n = len(one.extra['word_labels'])
+    close(three.extra['word_logits'][:n], one.extra['word_logits']); close(three.image_emb, one.image_emb); close(three.text_emb, one.text_emb)
+    assert torch.equal(three.extra['word_labels'][:n], one.extra['word_labels']) and len(three.extra['word_labels']) > 2*n
+    assert not torch.equal(three.extra['word_labels'][n:2*n], one.extra['word_labels'])
+    assert len(model.eval()(*pairs).extra['word_labels']) < 2*n
+    with pytest.raises(G2DError, match='word_draws is 0'): build(word_draws=0)
+
+
+@pytest.mark.parametrize('name', BACKBONES)
 def test_nothing_hidden_equals_the_plain_model(name, pairs):
     "With both ratios 0 the training pass embeds like `encode_image` and `encode_text`; a MAE that hides nothing is a plain ViT."
     model = build(image_encoder=name, image_mask_ratio=0., word_mask_ratio=0.).train()

@@ -115,7 +115,7 @@ def test_command_prints_the_tables(rows, tmp_path, monkeypatch, capsys):
     rows.replace(dict(method=dict(gloria='finer grid'))).to_csv(tmp_path/'ideas.csv', index=False)
     pd.DataFrame([dict(method='g2d', seed=0, metric='entropy', value=.5)]).to_csv(tmp_path/'attention.csv', index=False)
     code, out, _ = call(monkeypatch, capsys, 'phantombench', '--results', str(tmp_path))
-    assert code in (0, None) and '4 methods, 3 to 3 seeds' in out and '| gloria | 0.310 ± 0.025 | 0.310 ± 0.025 |' in out and '| leads |' in out and '| finer grid |' in out and '| g2d | 0.500 |' in out
+    assert code in (0, None) and '4 methods, 3 seeds, from' in out and '| gloria | 0.310 ± 0.025 | 0.310 ± 0.025 |' in out and '| leads |' in out and '| finer grid |' in out and '| g2d | 0.500 |' in out
     assert 'Ideas against "g2d", paired by seed' in out and out == bench_text(tmp_path)
     assert call(monkeypatch, capsys, 'phantombench', '--results', str(tmp_path), '--format', 'latex', '--out', str(tmp_path/'t.tex'))[0] in (0, None) and r'\begin{tabular}' in (tmp_path/'t.tex').read_text()
     assert 'no results of "phantoms"' in call(monkeypatch, capsys, 'phantoms')[2] and '--update needs --table' in call(monkeypatch, capsys, 'phantombench', '--update')[2]
@@ -170,3 +170,26 @@ def test_batch_tables():
             seeds.setdefault(r.name.rsplit(', seed', 1)[0], set()).add(p.seed)
         assert set(map(len, seeds.values())) == {3}
     assert {r.experiment for r in full} == {'pretrain', 'segmentation', 'classification', 'detection', 'zero_shot', 'grounding', 'retrieval'} and len(seeds) == 10
+
+
+def test_version_is_that_of_the_committed_file_and_of_the_store(monkeypatch):
+    "The prints are made again from the phantoms, and the store draws what the version says."
+    import g2d.data.phantom, g2d.tasks.stores as stores
+    from g2d.phantombench import bench_version
+    assert json.loads((Path(__file__).parents[1]/'results'/'phantombench'/'version.json').read_text()) == bench_version()
+    asked = {}
+    monkeypatch.setattr(g2d.data.phantom, 'make_phantom_store', lambda path, n, **more: asked.update(path=path, films=n, **more))
+    stores.find_store('phantombench')
+    v = bench_version(1)
+    assert {k: asked[k] for k in ('films', 'size', 'seed', 'split')} == {k: v[k] for k in ('films', 'size', 'seed', 'split')} and asked['path'].name == 'phantombench_v1'
+    assert bench_version(2)['films_sha256'] != bench_version(1)['films_sha256']
+
+
+def test_attention_rows_name_map_step_and_control():
+    from g2d.phantombench import ATTENTION_COLUMNS, attention_rows
+    def row(metric, name='attention, run:a b, seed 2/training', method='G2D, 6x6 cells', experiment='attention'): return dict(row=name, experiment=experiment, method=method, metric=metric, value=1/3)
+    told = attention_rows(pd.DataFrame([row('iou, attention head 3, cells'), row('iou, attention head 3, cells, another film'), row('entropy, report, masked'), row('iou, report, smooth, mean of the others'),
+        row('iou, report, cells, random masks'), row('iou, attention, one finding, cells'), row('dice', experiment='segmentation'), row('iou, truth, cells', method='G2D, 6x6 cells, untrained')]))
+    assert tuple(told) == ATTENTION_COLUMNS and told.values.tolist() == [['a b', 2, 'attention head 3', 'cells', 'own film', 'iou', .3333], ['a b', 2, 'report', 'masked', 'own film', 'entropy', .3333],
+        ['a b', 2, 'report', 'smooth', 'mean of the others', 'iou', .3333], ['a b, untrained', 2, 'truth', 'cells', 'own film', 'iou', .3333]]
+    with pytest.raises(G2DError, match='nothing for attention.csv'): attention_rows(pd.DataFrame([row('dice', experiment='segmentation')]))

@@ -284,7 +284,7 @@ def _start_positions(net):
         first = net.pos_embed.shape[1] - net.patch_embed.num_patches
         net.pos_embed.zero_()[:, first:] = grid_positions(net.embed_dim, net.patch_embed.grid_size)
 
-# %% ../../nbs/models/25_mpma.ipynb #94cbfa32
+# %% ../../nbs/models/25_mpma.ipynb #1f2c0d60
 def _check_profile(p):
     "Refuse settings that make no sense together."
     if p.method != 'mpma': raise G2DError(f'MPMA needs a profile with method="mpma", not "{p.method}".')
@@ -292,6 +292,7 @@ def _check_profile(p):
     for name, known in dict(fusion=('add', 'cross', 'memory'), align_on=('masked', 'full'), word_targets=('masked', 'all'), super_resolution=(1, 2)).items():
         if getattr(p, name) not in known: raise G2DError(f'{name} is {getattr(p, name)!r}; expected one of {known}.')
     if not 0 <= p.image_mask_ratio < 1: raise G2DError(f'image_mask_ratio is {p.image_mask_ratio}; expected 0 to below 1.')
+    if p.word_draws < 1: raise G2DError(f'word_draws is {p.word_draws}; expected 1 or more.')
     if not 0 <= p.word_mask_ratio <= 1: raise G2DError(f'word_mask_ratio is {p.word_mask_ratio}; expected 0 to 1.')
     for name in ('pixel_decoder', 'report_decoder'):
         if len(getattr(p, name)) != 3: raise G2DError(f'{name} is {getattr(p, name)!r}; expected width, layers and heads.')
@@ -371,7 +372,7 @@ def _embed_text(self: MPMA, texts, tokens, ids, words):
     if self.word_projector is None: return self.text_projector(found), {}
     return self.text_projector(found), dict(words=self.word_projector(found.tokens), word_mask=words.long())
 
-# %% ../../nbs/models/25_mpma.ipynb #4f9b6262
+# %% ../../nbs/models/25_mpma.ipynb #17e131a9
 @patch
 def start_words(self: MPMA, texts: list[str], progress: bool = False) -> None:
     "Count the words of the training reports and let the report decoder begin there; the same texts give the same start."
@@ -402,10 +403,14 @@ def _rebuilt(self: MPMA, seen, film, size, hidden, tokens, ids, hidden_words):
     p, extra = self.profile, {}
     if p.pixel_weight and film is not None and p.image_mask_ratio > 0:
         extra |= dict(pixels=self._rebuild_pixels(seen, size), pixel_target=self.pixel_target(film), hidden_patches=hidden)
-    asked = torch.ones_like(hidden_words) if p.word_targets == 'all' else hidden_words
     if p.word_weight and (p.word_mask_ratio > 0 or p.word_targets == 'all'):
-        fused = self.report_decoder(ids, tokens['attention_mask'], seen.z, seen.places, seen.grid, seen.unseen)
-        extra |= dict(zip(('word_logits', 'word_labels'), self.report_decoder.asked(fused[asked], tokens['input_ids'][asked])))
+        n = p.word_draws if self.training else 1
+        more = [self._hide_words(tokens, p.word_mask_ratio, None)[1:] for _ in range(n - 1)]
+        hidden_words, ids = (torch.cat(x) for x in zip((hidden_words, ids), *more))
+        again = lambda x: None if x is None else x.repeat(n, *[1]*(x.dim() - 1))       # the same films, once a draw
+        asked, true = torch.ones_like(hidden_words) if p.word_targets == 'all' else hidden_words, again(tokens['input_ids'])
+        fused = self.report_decoder(ids, again(tokens['attention_mask']), again(seen.z), again(seen.places), seen.grid, again(seen.unseen))
+        extra |= dict(zip(('word_logits', 'word_labels'), self.report_decoder.asked(fused[asked], true[asked])))
     return extra
 
 # %% ../../nbs/models/25_mpma.ipynb #d101fbd9
