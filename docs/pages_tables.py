@@ -77,10 +77,13 @@ def evidence():
     return measured | {row[0].strip('`'): row[1:] for row in rows}, '\n'.join(lines[1:at[0]]).strip(), '\n'.join(lines[end:]).strip()
 
 
+MOST = 600   # rows of a file on the page; the file itself lies beside it
+
+
 def _csv(path):
     import pandas as pd
     frame = pd.read_csv(path)
-    return html_table([[_number(v) for v in row] for row in frame.itertuples(index=False)], list(frame.columns)), len(frame)
+    return html_table([[_number(v) for v in row] for row in frame.head(MOST).itertuples(index=False)], list(frame.columns)), len(frame)
 
 
 def _number(v): return v.item() if hasattr(v, 'item') else v
@@ -98,7 +101,7 @@ def results():
         table, n = _csv(path)
         made[f'results/tables/{name}'] = path.read_bytes()
         text += [f'## {name}', linked(what[:1].upper() + what[1:]) + '.' if what else '', f'**Command:** {linked(command)}' if command else '', f'**Machine:** {machine}' if machine and machine != 'the same' else '',
-                 _long(table, f'All {n} rows', n), f'{{download}}`{name} <tables/{name}>`']
+                 _long(table, f'All {n} rows' if n <= MOST else f'The first {MOST} of {n} rows', n), f'{{download}}`{name} <tables/{name}>`']
     found = ['# What we found', 'Which claims hold on which data, which do not, each with its command. All of it is text of `results/README.md`; the tables it cites are [here](index.md). '
              'No number was made on MIMIC-CXR.', linked(after)]
     benchmarks = (root/'results'/'benchmarks.md').read_text(encoding='utf-8')
