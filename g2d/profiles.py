@@ -58,14 +58,14 @@ _row('text_bn_over_padding', 'text projector normalises over all positions, padd
 _row('decoder_channels', 'widths of the U-Net decoder', ((256, 128, 64, 32, 16), 'ours (not in the paper): smp default'), ((256, 128, 64, 32, 16), 'code: smp default'),
      demo=((32, 16, 16, 8), 'ours: two CPU cores, four stages'))
 
-# %% ../nbs/01_profiles.ipynb #ed88dfc0
+# %% ../nbs/01_profiles.ipynb #f5274d66
 _row('percentile', 'scores below this quantile are dropped', (0.85, 'paper'), (0.85, 'code'))
 _row('threshold', 'percentile, median, mean or gmm', ('percentile', 'paper'), ('percentile', 'code'))
 _row('strict', '> instead of >=', (False, 'paper'), (True, 'code: np.quantile and >'))
 _row('upsample', 'nearest, bilinear or bicubic', ('nearest', 'ours: the paper names none, but speaks of square borders'), ('nearest', 'code'),
-     ('bilinear', 'ours: blobs instead of blocks, close to 15 %'))
+     ('bilinear', 'ours: blobs instead of blocks; better masks and Dice on phantoms (phantombench/ideas.csv)'))
 _row('body_mask', 'scores outside the body become 0', (True, 'paper'), (False, 'code: absent'))
-_row('over', 'percentile over all pixels (image) or over the body', ('image', 'ours: the paper allows both readings'), ('image', 'code'), ('body', 'ours: the area follows the patient, not the border'))
+_row('over', 'percentile over all pixels (image) or over the body', ('image', 'ours: the paper allows both readings'), ('image', 'code'), ('body', 'ours: the area follows the patient, not the border; no difference on phantoms (phantombench/ideas.csv)'))
 _row('smooth', 'bilateral filter on the binary mask', (True, 'paper'), (False, 'code: absent'))
 _row('kernel_size', 'window of the filter in pixels, odd', (9, 'ours (not in the paper)'), (9, 'unused'), demo=(5, 'ours: half the image size'))
 _row('sigma_color', 'range parameter; at 0.3 and below a 0/1 mask hardly changes', (1.0, 'ours (not in the paper)'), (1.0, 'unused'))
