@@ -193,3 +193,16 @@ def test_attention_rows_name_map_step_and_control():
     assert tuple(told) == ATTENTION_COLUMNS and told.values.tolist() == [['a b', 2, 'attention head 3', 'cells', 'own film', 'iou', .3333], ['a b', 2, 'report', 'masked', 'own film', 'entropy', .3333],
         ['a b', 2, 'report', 'smooth', 'mean of the others', 'iou', .3333], ['a b, untrained', 2, 'truth', 'cells', 'own film', 'iou', .3333]]
     with pytest.raises(G2DError, match='nothing for attention.csv'): attention_rows(pd.DataFrame([row('dice', experiment='segmentation')]))
+
+
+def test_course_comes_from_the_validation_of_each_epoch(tmp_path):
+    from g2d.phantombench import COURSE_COLUMNS, course_rows, course_table
+    for seed in range(2):
+        (tmp_path/str(seed)/'training').mkdir(parents=True)
+        pd.DataFrame(dict(epoch=[0, 1], step=[0, 9], val_loss=[3., 2.], iou_pseudo=[.1 + seed, .2 + seed], pointing_named=[None, .5])).to_csv(tmp_path/str(seed)/'training'/'validation.csv', index=False)
+    frame = pd.DataFrame([dict(row=f'a b, seed {s}', experiment='pretrain', folder=str(tmp_path/str(s)), metric=m) for s in range(3) for m in ('x', 'y')] + [dict(row='segmentation, run:a b, seed 0/training', experiment='segmentation', folder=str(tmp_path/'0'), metric='x')])
+    rows = course_rows(frame)
+    assert tuple(rows) == COURSE_COLUMNS and rows.values.tolist() == [['a b', s, *r] for s in range(2) for r in ([0, 0, 'iou_pseudo', .1 + s], [1, 9, 'pointing_named', .5], [1, 9, 'iou_pseudo', .2 + s])]   # no loss, no empty value, no run without a file
+    told = course_table(rows)
+    assert told['metric'].tolist() == ['pointing_named', 'iou_pseudo'] and told['epoch 1'].tolist() == [.5, .7] and math.isnan(told['epoch 0'][0]) and told['epoch 0'][1] == .6
+    assert not len(course_rows(frame[frame['experiment'] == 'segmentation']))
