@@ -1241,6 +1241,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'g2d.phantombench.bench_text': ('phantombench.html#bench_text', 'g2d/phantombench.py'),
                                   'g2d.phantombench.bench_version': ('phantombench.html#bench_version', 'g2d/phantombench.py'),
                                   'g2d.phantombench.claim_table': ('phantombench.html#claim_table', 'g2d/phantombench.py'),
+                                  'g2d.phantombench.course_rows': ('phantombench.html#course_rows', 'g2d/phantombench.py'),
+                                  'g2d.phantombench.course_table': ('phantombench.html#course_table', 'g2d/phantombench.py'),
                                   'g2d.phantombench.method_tables': ('phantombench.html#method_tables', 'g2d/phantombench.py'),
                                   'g2d.phantombench.paired_table': ('phantombench.html#paired_table', 'g2d/phantombench.py'),
                                   'g2d.phantombench.read_bench': ('phantombench.html#read_bench', 'g2d/phantombench.py'),

@@ -76,9 +76,10 @@ def film_scores(net, view, mean_film=None, blind=None, seed: int = 0, device='cp
         parts.append(part)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-# %% ../../nbs/tasks/59_reconstruction.ipynb #1d5f706d
+# %% ../../nbs/tasks/59_reconstruction.ipynb #7ee192f9
 GAPS = {'pixel_error, gain over mean film': ('pixel_error, mean film', 'pixel_error'), 'word_loss, gain over counts': ('word_loss, counts', 'word_loss, own film'),
         'word_accuracy, own minus grey film': ('word_accuracy, own film', 'word_accuracy, grey film'), 'word_accuracy, own minus other film': ('word_accuracy, own film', 'word_accuracy, other film'),
+        'word_loss, gain over grey film': ('word_loss, grey film', 'word_loss, own film'), 'word_loss, gain over other film': ('word_loss, other film', 'word_loss, own film'),
         'side_accuracy, own minus other film': ('side_accuracy, own film', 'side_accuracy, other film')}
 
 def evaluate(store, # a `RadiographStore` with films and texts
