@@ -7,7 +7,8 @@ __all__ = ['LEVERS', 'SAME', 'ASSUMED', 'BENCHES', 'machine', 'in_turns', 'Table
            'answer_of', 'make_pairs', 'released_transform', 'ReleasedPairs', 'released_mask', 'plain_mask',
            'step_profile', 'Step', 'bench_step', 'matrix_rate', 'bench_levers', 'bench_text', 'bench_loader',
            'films_and_attention', 'bench_pseudo_mask', 'memory_child', 'bench_memory', 'kept_bytes', 'epoch_child',
-           'contrastive_child', 'bench_scaling', 'bench_demo', 'measured', 'write_plan', 'scripts', 'benches', 'bench']
+           'epochs_child', 'contrastive_child', 'bench_scaling', 'kept_child', 'bench_kept_memory', 'bench_demo',
+           'measured', 'write_plan', 'scripts', 'benches', 'bench']
 
 # %% ../nbs/82_bench.ipynb #f340c885
 import json, os, platform, subprocess, sys, tempfile, time
@@ -458,31 +459,48 @@ def _attention_memory(table, small):
     table.add(f'kept by the pool, {batch} x {side}x{side}', 'all queries, weights of each head', [released/1e6], 'MB')
     table.add(f'kept by the pool, {batch} x {side}x{side}', 'one query (ours)', [ours/1e6], 'MB', baseline=[released/1e6])
 
-# %% ../nbs/82_bench.ipynb #6d145160
-def epoch_child(n: int, size: int = 256, batch: int = 40) -> dict:
-    "One epoch of a small network over n pairs: seconds, resident bytes at its start and end, bytes of the store."
+# %% ../nbs/82_bench.ipynb #04c50ab3
+def _pairs_and_step(folder, sizes, size, batch):
+    "Loaders over stores of these sizes, and a step of one small network for a batch of any of them."
     import torch
     from g2d.data.loading import Augment, PairLoader
     from g2d.models.g2d import G2D
     from g2d.profiles import profile
+    from g2d.threads import keep_freed_memory
     from g2d.validation import losses_of
+    keep_freed_memory()
+    stores = [make_pairs(Path(folder), n, size) for n in sizes]
+    p = profile('demo', image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers='all',
+                text_pool='cls', image_size=size, crop_size=64, decoder_channels=(16, 8, 8, 8), batch_size=batch)
+    torch.manual_seed(0)
+    net, augment = G2D(p).to(memory_format=torch.channels_last).train(), Augment(p.augment, p.crop_size)
+    optimizer = torch.optim.AdamW([x for x in net.parameters() if x.requires_grad], fused=True)
+    def one(b):
+        out = net(augment(b.images, b.global_step)[0], [f'report {i % 50}' for i in b.rows], decode=False)
+        losses_of(p, out, None, b.texts, dense=False, gather=False)['loss'].backward()
+        optimizer.step(); optimizer.zero_grad()
+    return stores, [PairLoader(store, batch) for store in stores], one
+
+def epoch_child(n: int, size: int = 256, batch: int = 40) -> dict:
+    "One epoch of a small network over n pairs: resident bytes at its start and end, bytes of the store."
     with tempfile.TemporaryDirectory() as folder:
-        store = make_pairs(Path(folder), n, size)
-        p = profile('demo', image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers='all',
-                    text_pool='cls', image_size=size, crop_size=64, decoder_channels=(16, 8, 8, 8), batch_size=batch)
-        torch.manual_seed(0)
-        net = G2D(p).to(memory_format=torch.channels_last).train()
-        loader, augment = PairLoader(store, batch, workers=1), Augment(p.augment, p.crop_size)
-        optimizer = torch.optim.AdamW([x for x in net.parameters() if x.requires_grad], fused=True)
-        def one(b):
-            images = augment(b.images, b.global_step)[0]
-            out = net(images, [f'report {i % 50}' for i in b.rows], decode=False)
-            losses_of(p, out, None, b.texts, dense=False, gather=False)['loss'].backward()
-            optimizer.step(); optimizer.zero_grad()
+        (store,), (loader,), one = _pairs_and_step(folder, [n], size, batch)
         for step in range(2): one(loader.batch(0, step))
-        start, before = time.perf_counter(), resident()
+        before = resident()
         for b in loader: one(b)
-        return dict(seconds=time.perf_counter() - start, before=before, after=resident(), store=store.images.nbytes, steps=len(loader))
+        return dict(before=before, after=resident(), store=store.images.nbytes)
+
+def epochs_child(sizes: list, size: int = 256, batch: int = 40) -> list: # for each size the seconds of each step
+    "One epoch over the largest store and as many as go into it over the others, a step of each in turn."
+    with tempfile.TemporaryDirectory() as folder:
+        _, loaders, one = _pairs_and_step(folder, sizes, size, batch)
+        seconds = [[] for _ in sizes]
+        for step in range(-2, max(len(loader) for loader in loaders)):
+            for k in sorted(range(len(sizes)), key=lambda k: (k + step) % len(sizes)):    # none is always the first
+                start = time.perf_counter()
+                one(loaders[k].batch(max(step, 0)//len(loaders[k]), max(step, 0) % len(loaders[k])))
+                if step >= 0: seconds[k].append(time.perf_counter() - start)
+        return seconds
 
 # %% ../nbs/82_bench.ipynb #c99715cb
 def contrastive_child(rank: int, world: int, total: int, folder: str, dim: int = 128) -> dict:
@@ -503,15 +521,17 @@ def contrastive_child(rank: int, world: int, total: int, folder: str, dim: int =
     dist.barrier(); dist.destroy_process_group()
     return found
 
-# %% ../nbs/82_bench.ipynb #d8eea431
+# %% ../nbs/82_bench.ipynb #e14dc652
 def bench_scaling(table, small, device, rounds):
     "Time and memory of 1k, 4k and 16k pairs; memory of the contrastive loss with 1, 2 and 4 processes."
-    sizes = (80, 160) if small else (1000, 4000, 16000)
-    found = {n: answer_of(start_child('epoch_child', n=n, size=64 if small else 256)) for n in sizes}
-    first = found[sizes[0]]
-    for n, f in found.items():
-        table.add('one epoch', f'{n:,} pairs', [f['seconds']],
-                  note=f'{1e3*f["seconds"]/(f["steps"]*40):.2f} ms a pair, {f["seconds"]/f["steps"]/(first["seconds"]/first["steps"]):.3f} x the smallest')
+    from statistics import mean, median
+    sizes, size = ([80, 160] if small else [1000, 4000, 16000]), (64 if small else 256)
+    seconds = answer_of(start_child('epochs_child', sizes=sizes, size=size), 3600.)
+    for n, seen in zip(sizes, seconds):
+        table.add('one epoch', f'{n:,} pairs', [mean(seen)*(n//40)],
+                  note=f'{1e3*mean(seen)/40:.2f} ms a pair, {mean(seen)/mean(seconds[0]):.3f} x the smallest; medians of the steps {median(seen)/median(seconds[0]):.3f} x')
+    for n in sizes:
+        f = answer_of(start_child('epoch_child', n=n, size=size))
         table.add('one epoch', f'{n:,} pairs, resident memory at the end', [f['after']/1e6], 'MB',
                   note=f'{(f["after"] - f["before"])/1e6:+.0f} MB in the epoch; images {f["store"]/1e6:.0f} MB')
     total = 256 if small else 8192
@@ -524,6 +544,45 @@ def bench_scaling(table, small, device, rounds):
         base = base or kept
         table.add(f'contrastive loss, {total} pairs', f'{world} processes: kept by each', [kept/1e6], 'MB',
                   baseline=[base/1e6], note=f'peak {peak/1e6:.0f} MB, loss {sum(a["loss"] for a in answers)/world:.6f}')
+
+# %% ../nbs/82_bench.ipynb #4f3b70d1
+def kept_child(keep: bool, small: bool = False) -> dict:
+    "Steps of the demo's network: median seconds, page faults a step, peak bytes."
+    import resource, torch
+    from statistics import median
+    from g2d.data.loading import Augment, PairLoader
+    from g2d.models.g2d import G2D
+    from g2d.profiles import profile
+    from g2d.threads import keep_freed_memory
+    from g2d.validation import dense_target, losses_of, make_pseudo_mask
+    if keep: keep_freed_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        p = profile('demo', image_encoder='resnet18', pretrained=False, text_encoder='tiny', text_pool='cls', image_size=64, crop_size=64, batch_size=8) if small else profile('demo')
+        store = make_pairs(Path(folder), 4*p.batch_size, p.image_size)
+        torch.manual_seed(0)
+        net, mask = G2D(p).to(memory_format=torch.channels_last).train(), make_pseudo_mask(p)
+        optimizer = torch.optim.AdamW([x for x in net.parameters() if x.requires_grad], fused=True)
+        augment, batch, seconds, faults = Augment(p.augment, p.crop_size), PairLoader(store, p.batch_size).batch(0, 0), [], []
+        for step in range(4 if small else 10):
+            start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            images = augment(batch.images, step)[0]
+            out = net(images, batch.texts)
+            losses_of(p, out, dense_target(p, mask, out, images, 1, batch.texts, net), batch.texts, gather=False)['loss'].backward()
+            optimizer.step(); optimizer.zero_grad()
+            seconds.append(time.perf_counter() - start); faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return dict(seconds=median(seconds[2:]), faults=median(faults[2:]), peak=peak_memory())
+
+def bench_kept_memory(table, small, device, rounds):
+    "A step of the demo's network with freed memory kept by the process and given back."
+    found = {False: [], True: []}
+    for _ in range(rounds or (1 if small else 5)):
+        for keep in found: found[keep].append(answer_of(start_child('kept_child', keep=keep, small=small)))
+    name = {False: 'given back', True: 'kept'}
+    for keep, answers in found.items():
+        column = lambda key, scale=1: [a[key]/scale for a in answers]
+        table.add('step of the demo', name[keep], column('seconds'), baseline=[a['seconds'] for a in found[False]] if keep else None)
+        table.add('step of the demo', f'{name[keep]}: page faults a step', column('faults'), 'faults')
+        table.add('step of the demo', f'{name[keep]}: peak', column('peak', 1e6), 'MB')
 
 # %% ../nbs/82_bench.ipynb #ad701399
 def bench_demo(table, small, device, rounds):
@@ -579,8 +638,8 @@ def write_plan(folder: Path, small=False) -> Path:
     with atomic_path(path) as temporary: temporary.write_text('\n'.join(text) + '\n', encoding='utf-8')
     return path
 
-# %% ../nbs/82_bench.ipynb #7234f5b0
-BENCHES = dict(step=bench_step, levers=bench_levers, text=bench_text, loader=bench_loader, pseudo_mask=bench_pseudo_mask, memory=bench_memory, scaling=bench_scaling, demo=bench_demo)
+# %% ../nbs/82_bench.ipynb #e43d539e
+BENCHES = dict(step=bench_step, levers=bench_levers, text=bench_text, loader=bench_loader, pseudo_mask=bench_pseudo_mask, memory=bench_memory, kept_memory=bench_kept_memory, scaling=bench_scaling, demo=bench_demo)
 _SMALL = dict(linear_probe=['--small'], prepare=['--films', '20', '--released', '2'], phantom=['--images', '8', '--size', '64'],
               runs=['--runs', '2', '--seconds', '1', '--rounds', '1', '--rows', '5'])
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from .settings import G2DError
 from .files import atomic_path, read_json
 
-# %% ../nbs/81_demo.ipynb #4b30ae3e
+# %% ../nbs/81_demo.ipynb #bd81d653
 def demo_runs(images: int = 2000, # phantoms for training
               real: bool = True,  # also the real pairs, if settings.data_root is set
               quick: bool = False # a few seconds only: for tests
              ) -> list: # (title, notebook, function of earlier folders -> parameters)
     "The experiments of the demo in order."
-    small = dict(image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers=0, text_pool='cls', image_size=64, crop_size=64, epochs=1, global_only_steps=2, batch_size=20) if quick else {}
+    small = dict(image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers=0, text_pool='cls', image_size=64, crop_size=64, epochs=1, global_only_steps=2, batch_size=20) if quick else dict(decoder_scale=2)   # masks are smooth: half the resolution costs a third less
     test = 40 if quick else 500
     checkpoint = lambda name: (lambda done: str(done[name]/'training'))
     runs = [('Pre-training on phantoms', 'pretrain', lambda done: dict(store='phantoms', train_images=images, test_images=test, profile_name='demo', overrides=small)),
@@ -25,7 +25,7 @@ def demo_runs(images: int = 2000, # phantoms for training
             ('Segmentation with 1 % of the masks', 'segmentation', lambda done: dict(store=_store(done), checkpoint=checkpoint('Pre-training on phantoms')(done),
                                                                                   fraction=.3 if quick else .01, freeze='no', steps=3 if quick else 40, seeds=1, limit=40 if quick else 150))]
     if real:
-        more = small or dict(epochs=8, global_only_steps=12, batch_size=32)
+        more = small | ({} if quick else dict(epochs=8, global_only_steps=12, batch_size=32))
         runs += [('Pre-training on real films', 'pretrain', lambda done: dict(store='real', profile_name='demo', overrides=more)),
                  ('Pseudo-masks of real films', 'pseudo_mask_gallery', lambda done: dict(store='real', split='', checkpoint=checkpoint('Pre-training on real films')(done), films=12))]
     return runs

@@ -77,7 +77,7 @@ def seed_everything(seed: int) -> None:
     import random
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
-# %% ../nbs/41_pretrain.ipynb #ac3804b9
+# %% ../nbs/41_pretrain.ipynb #765600a3
 from fastcore.basics import patch
 
 @patch
@@ -87,6 +87,8 @@ def setup(self: Pretrainer):
     from accelerate.state import AcceleratorState
     from g2d.data.loading import Augment, PairLoader
     from g2d.models.comparators import build_model
+    from g2d.threads import keep_freed_memory
+    keep_freed_memory()
     p = self.profile
     if int(os.environ.get('WORLD_SIZE', 1)) == 1: AcceleratorState._reset_state(True)   # a notebook may train twice, with another precision
     self.accelerator = Accelerator(mixed_precision=dict(fp32='no').get(p.precision, p.precision), cpu=self.device_name == 'cpu')

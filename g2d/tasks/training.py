@@ -134,7 +134,7 @@ def films(store, rows, device='cpu') -> torch.Tensor: # uint8 [B, 1, H, W]
     "Stored images of some rows."
     return torch.from_numpy(np.stack([store.images[int(i)] for i in rows]))[:, None].to(device)
 
-# %% ../../nbs/tasks/49_training.ipynb #e4d04f5f
+# %% ../../nbs/tasks/49_training.ipynb #5be9e65f
 @dataclass
 class Fitted:
     "What a training came to."
@@ -153,7 +153,9 @@ def fit(net: nn.Module, # on its device; afterwards it holds the best weights
         progress: bool = False
        ) -> Fitted:
     "Train by the protocol. Raises `G2DError` for no films, or a loss that is not finite."
+    from g2d.threads import keep_freed_memory
     if n < 1: raise G2DError('There are no training films.')
+    keep_freed_memory()
     return _Loop(net, n, loss_of, validate, p, seed, Path(out) if out else None, max_steps, progress).run()
 
 # %% ../../nbs/tasks/49_training.ipynb #dffa42e1
