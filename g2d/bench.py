@@ -545,7 +545,7 @@ def bench_scaling(table, small, device, rounds):
         table.add(f'contrastive loss, {total} pairs', f'{world} processes: kept by each', [kept/1e6], 'MB',
                   baseline=[base/1e6], note=f'peak {peak/1e6:.0f} MB, loss {sum(a["loss"] for a in answers)/world:.6f}')
 
-# %% ../nbs/82_bench.ipynb #4f3b70d1
+# %% ../nbs/82_bench.ipynb #b1b2db16
 def kept_child(keep: bool, small: bool = False) -> dict:
     "Steps of the demo's network: median seconds, page faults a step, peak bytes."
     import resource, torch
@@ -572,6 +572,7 @@ def kept_child(keep: bool, small: bool = False) -> dict:
             seconds.append(time.perf_counter() - start); faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         return dict(seconds=median(seconds[2:]), faults=median(faults[2:]), peak=peak_memory())
 
+# %% ../nbs/82_bench.ipynb #081ab45c
 def bench_kept_memory(table, small, device, rounds):
     "A step of the demo's network with freed memory kept by the process and given back."
     found = {False: [], True: []}

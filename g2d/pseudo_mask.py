@@ -277,7 +277,7 @@ def gaussian_blur(mask: Float[Tensor, "b c h w"], kernel_size: int, sigma: float
     blur = _blur_blocks if mask.device.type == 'cpu' else _blur_shifts
     return blur(mask.reshape(-1, *mask.shape[-2:]).contiguous(), kernel_size, sigma).view(mask.shape)
 
-# %% ../nbs/30_pseudo_mask.ipynb #a0246ec1
+# %% ../nbs/30_pseudo_mask.ipynb #ce799fbb
 def bilateral_binary(mask: Float[Tensor, "b c h w"], # 0 or 1
                      kernel_size: int = 9, # pixels, odd
                      sigma_color: float = 1., # range parameter, in units of the mask (0..1)
@@ -287,7 +287,8 @@ def bilateral_binary(mask: Float[Tensor, "b c h w"], # 0 or 1
     "Bilateral filter of a binary mask, exactly: one Gaussian blur and a formula."
     w = max(math.exp(-.5/sigma_color**2), 1e-12)
     blurred = gaussian_blur(mask, kernel_size, sigma_space)
-    rest = torch.add(mask.new_tensor(1/w), mask, alpha=w - 1/w, out=_memory('middle', mask.shape, mask)) # r
+    rest = torch.sub(mask.new_ones(1), mask, out=_memory('middle', mask.shape, mask))
+    torch.add(mask.new_tensor(w), rest, alpha=1/w - w, out=rest)   # r: w inside, 1/w outside; from the outside, since 1/w may be thousands of w
     rest.lerp_(mask.new_ones(1), blurred)                                                                   # S + (1 - S) r
     return torch.div(blurred, rest, out=blurred if out is None else out)
 
