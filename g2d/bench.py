@@ -459,7 +459,7 @@ def _attention_memory(table, small):
     table.add(f'kept by the pool, {batch} x {side}x{side}', 'all queries, weights of each head', [released/1e6], 'MB')
     table.add(f'kept by the pool, {batch} x {side}x{side}', 'one query (ours)', [ours/1e6], 'MB', baseline=[released/1e6])
 
-# %% ../nbs/82_bench.ipynb #04c50ab3
+# %% ../nbs/82_bench.ipynb #f606e1f8
 def _pairs_and_step(folder, sizes, size, batch):
     "Loaders over stores of these sizes, and a step of one small network for a batch of any of them."
     import torch
@@ -481,6 +481,7 @@ def _pairs_and_step(folder, sizes, size, batch):
         optimizer.step(); optimizer.zero_grad()
     return stores, [PairLoader(store, batch) for store in stores], one
 
+# %% ../nbs/82_bench.ipynb #c98272d1
 def epoch_child(n: int, size: int = 256, batch: int = 40) -> dict:
     "One epoch of a small network over n pairs: resident bytes at its start and end, bytes of the store."
     with tempfile.TemporaryDirectory() as folder:

@@ -364,6 +364,21 @@ def test_small_runs_write_their_table(name, tmp_path, capsys):
     assert sum(bool(r['ratio']) for r in rows) >= 2
 
 
+def test_freed_memory_is_kept_and_users_of_malloc_variables_are_left_alone(monkeypatch):
+    given, kept = (B.answer_of(B.start_child('kept_child', keep=keep, small=True)) for keep in (False, True))
+    if B.os.uname().sysname != 'Linux': pytest.skip('glibc only')
+    assert kept['faults'] < given['faults']/5, (given, kept)
+    assert kept['peak'] < 1.3*given['peak'], (given, kept)
+    from g2d.threads import keep_freed_memory
+    monkeypatch.setenv('MALLOC_ARENA_MAX', '2')
+    assert keep_freed_memory() is False
+
+
+def test_every_store_has_its_epochs_in_turn():
+    seconds = B.answer_of(B.start_child('epochs_child', sizes=[80, 160], size=64))
+    assert [len(s) for s in seconds] == [4, 4] and min(map(min, seconds)) > 0     # two epochs of 80 pairs for one of 160
+
+
 def test_a_small_step_runs_with_all_levers_and_one(tmp_path):
     pairs = B.make_pairs(tmp_path, 16, 64)
     for levers in ((), B.SAME + ('frozen', 'prefix', 'half', 'bf16')):
