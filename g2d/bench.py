@@ -546,7 +546,7 @@ def bench_scaling(table, small, device, rounds):
         table.add(f'contrastive loss, {total} pairs', f'{world} processes: kept by each', [kept/1e6], 'MB',
                   baseline=[base/1e6], note=f'peak {peak/1e6:.0f} MB, loss {sum(a["loss"] for a in answers)/world:.6f}')
 
-# %% ../nbs/82_bench.ipynb #b1b2db16
+# %% ../nbs/82_bench.ipynb #c35eb6e7
 def kept_child(keep: bool, small: bool = False) -> dict:
     "Steps of the demo's network: median seconds, page faults a step, peak bytes."
     import resource, torch
@@ -564,7 +564,7 @@ def kept_child(keep: bool, small: bool = False) -> dict:
         net, mask = G2D(p).to(memory_format=torch.channels_last).train(), make_pseudo_mask(p)
         optimizer = torch.optim.AdamW([x for x in net.parameters() if x.requires_grad], fused=True)
         augment, batch, seconds, faults = Augment(p.augment, p.crop_size), PairLoader(store, p.batch_size).batch(0, 0), [], []
-        for step in range(4 if small else 10):
+        for step in range(10):
             start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             images = augment(batch.images, step)[0]
             out = net(images, batch.texts)

@@ -367,7 +367,7 @@ def test_small_runs_write_their_table(name, tmp_path, capsys):
 def test_freed_memory_is_kept_and_users_of_malloc_variables_are_left_alone(monkeypatch):
     given, kept = (B.answer_of(B.start_child('kept_child', keep=keep, small=True)) for keep in (False, True))
     if B.os.uname().sysname != 'Linux': pytest.skip('glibc only')
-    assert kept['faults'] < given['faults']/5, (given, kept)
+    assert kept['faults'] < given['faults']/5, (given, kept)      # medians of eight steps, the heap having grown in the first two
     assert kept['peak'] < 1.3*given['peak'], (given, kept)
     from g2d.threads import keep_freed_memory
     monkeypatch.setenv('MALLOC_ARENA_MAX', '2')
