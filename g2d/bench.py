@@ -342,13 +342,15 @@ def bench_text(table, small, device, rounds):
         table.add('text side', 'filling the kept states', [filled/max(len(kept._prefixes.place), 1)], 's/report',
                   note=f'{kept._prefixes.states.nbytes/len(kept._prefixes.place)/1e3:.0f} kB a report')
 
-# %% ../nbs/82_bench.ipynb #00d37eef
+# %% ../nbs/82_bench.ipynb #cf18579d
 def bench_loader(table, small, device, rounds):
     "Loading against the released data set class, to the encoder's input."
     import torch
+    from g2d.threads import keep_freed_memory
     from g2d.data.loading import Augment, PairLoader
     n, batch = (32, 8) if small else (512, 64)
     threads = torch.get_num_threads()
+    keep_freed_memory()                                                     # as training does; both sides gain
     with tempfile.TemporaryDirectory() as folder:
         store = make_pairs(Path(folder), n, 256)
         torch.set_num_threads(1)                                            # a core

@@ -304,6 +304,23 @@ def check_released(images):
 def test_as_released_equals_pil(): check_released(smooth_images(8))
 def test_as_released_equals_pil_on_real_images(real_images): check_released(real_images)
 
+def check_tables(images):
+    "Whole numbers and tables (uint8) against `grid_sample` and a pass for each operation (float); ties may fall the other way."
+    for films in (images, images[..., :70]): # a square; a window in the middle of a tall film
+        a, b = (Augment('as_released', films.shape[-1], seed=3)(x, step=2)[0] for x in (films, films/255))
+        assert ((a - b).abs() > 1e-5).float().mean() < 1e-3, films.shape
+
+def test_released_tables_equal_pixels(): check_tables(smooth_images(40))
+def test_released_tables_equal_pixels_on_real_images(real_images): check_tables(real_images)
+
+def test_released_tables_take_the_mean_of_cut_values():
+    "A bright film is cut by brightness before contrast turns about its mean."
+    images = smooth_images(24)//4 + 190
+    a, b = (Augment('as_released', 128, seed=1)(x, step=2)[0] for x in (images, images/255))
+    u = draw(24, 2, 1)
+    assert ((_between(u['brightness'], .8, 1.2) > 1.05) & (u['contrast_first'] >= .5)).any()
+    assert ((a - b).abs() > 1e-5).float().mean() < 1e-3
+
 def test_as_paper_equals_torchvision_as_a_whole(real_images):
     "Resize (none needed), centre crop 224, perspective, auto-contrast, one image at a time."
     u = draw(8, step=7, seed=3)

@@ -407,10 +407,11 @@ def _frame(x, resized, window):
     if tuple(x.shape[-2:]) == tuple(resized): return as_float(cut(x))
     return cut(F.interpolate(as_float(x), resized, mode='bilinear', align_corners=False, antialias=True)).contiguous()
 
-# %% ../../nbs/data/14_loading.ipynb #a240de81
+# %% ../../nbs/data/14_loading.ipynb #d1541006
 def intensity_(x: Float[Tensor, "n 1 h w"], # in [0, 1], changed in place
                recipe: Recipe,
-               u: dict # from `draw`
+               u: dict, # from `draw`
+               mean_of=lambda x: x.mean((1, 2, 3), keepdim=True) # what contrast turns about, [n, 1, 1, 1]
               ) -> Float[Tensor, "n 1 h w"]: # the same tensor
     "Brightness, contrast, gamma, auto-contrast and blur of a recipe, for all images at once."
     each = lambda values: torch.tensor(values, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
@@ -418,7 +419,7 @@ def intensity_(x: Float[Tensor, "n 1 h w"], # in [0, 1], changed in place
         b, c = (_between(u[name], 1 - limit, 1 + limit) for name, limit in (('brightness', recipe.brightness), ('contrast', recipe.contrast)))
         later = u['contrast_first'] < 0.5
         if not later.all(): x.mul_(each(np.where(later, 1, b))).clamp_(max=1)
-        mean = x.mean((1, 2, 3), keepdim=True)
+        mean = mean_of(x)
         x.mul_(each(c)).add_(mean.mul_(each(1 - c))).clamp_(0, 1)
         if later.any(): x.mul_(each(np.where(later, b, 1))).clamp_(max=1)
     if recipe.gamma != (1.0, 1.0): x.log_().mul_(each(np.exp(_between(u['gamma'], *np.log(recipe.gamma))))).exp_() # five times faster than pow; exp(-inf) = 0
@@ -451,10 +452,10 @@ def gaussian_blur(x: Float[Tensor, "n 1 h w"],
     taps = torch.tensor(taps/(2*taps.sum(1, keepdims=True) - taps[:, :1]), dtype=x.dtype, device=x.device)
     return _blur_rows(_blur_rows(x, taps).mT, taps).mT
 
-# %% ../../nbs/data/14_loading.ipynb #347cff45
-def _pieces(matrices, n, device):
+# %% ../../nbs/data/14_loading.ipynb #04b7a240
+def _pieces(matrices, n, device, piece=8):
     "List of (which images, whether they move): slices when all are alike, otherwise indices."
-    piece = 8 if torch.device(device).type == 'cpu' else max(n, 1)
+    if torch.device(device).type != 'cpu': piece = max(n, 1)
     moves = np.zeros(n, bool) if matrices is None else np.abs(matrices - np.eye(3)).max((1, 2)) > 1e-9
     if moves.all() or not moves.any(): return [(slice(i, i + piece), moves.any()) for i in range(0, n, piece)]
     groups = [(np.flatnonzero(moves == moved), moved) for moved in (True, False)]
@@ -472,7 +473,7 @@ def _put(out, part, x):
     if isinstance(part, slice): out[part] = x
     else: out.index_copy_(0, torch.as_tensor(part, device=x.device), x)
 
-# %% ../../nbs/data/14_loading.ipynb #b0fc49b4
+# %% ../../nbs/data/14_loading.ipynb #3bdf0513
 class Augment:
     "A named augmentation: uint8 or float images [B, 1, H, W] -> float32 [B, 1, size, size] in [0, 1], and masks with them."
     def __init__(self, name: str = 'recommended', # a name of RECIPES
@@ -494,15 +495,18 @@ class Augment:
         u = draw(len(images), step, self.seed, self.rank)
         resized, window = frame_of(images.shape[-2:], self.size, self.recipe, train)
         matrices = geometry(self.recipe, u, window[2:], self.size) if train else None
+        tables = _by_tables(images, resized, self.recipe)     # no grid of fractions then, unless there are masks
         new = lambda x, dtype: torch.empty(*x.shape[:2], self.size, self.size, dtype=dtype, device=x.device)
         out, out_masks = new(images, torch.float32), None if masks is None else new(masks, masks.dtype)
         def work(part, moved):
-            grid = sampling_grid(matrices[part], window[2:], self.size, images.device) if moved else None
-            x = _sample(_frame(_take(images, part), resized, window), grid, self.recipe.nearest)
-            if train: x = intensity_(x, self.recipe, {name: values[part] for name, values in u.items()})
-            _put(out, part, x)
+            some = {name: values[part] for name, values in u.items()}
+            grid = sampling_grid(matrices[part], window[2:], self.size, images.device) if moved and not (tables and masks is None) else None
+            if tables and moved: _nearest_by_tables(_take(images, part), matrices[part], window, self.recipe, some, out, part)
+            else:
+                x = _sample(_frame(_take(images, part), resized, window), grid, self.recipe.nearest)
+                _put(out, part, intensity_(x, self.recipe, some) if train else x)
             if masks is not None: _put(out_masks, part, _sample(_frame(_take(masks, part), resized, window), grid))
-        for_each_piece(work, _pieces(matrices, len(images), images.device), images.device)
+        for_each_piece(work, _pieces(matrices, len(images), images.device, 16 if tables and masks is None else 8), images.device)
         return out, out_masks
 
     def matrices(self, n: int, step: int, shape, train: bool = True) -> np.ndarray: # float64 [n, 3, 3]
@@ -510,6 +514,31 @@ class Augment:
         resized, (top, left, *frame) = frame_of(shape, self.size, self.recipe, train)
         inverse = geometry(self.recipe, draw(n, step, self.seed, self.rank), frame, self.size) if train else np.eye(3)[None].repeat(n, 0)
         return np.linalg.inv(inverse) @ np.array([[resized[1]/shape[1], 0, -left], [0, resized[0]/shape[0], -top], [0, 0, 1]])
+
+# %% ../../nbs/data/14_loading.ipynb #1774f8eb
+def _by_tables(images, resized, recipe):
+    "Whether whole numbers can be kept: uint8 on the CPU, nearest pixels of an image that is not resized, nothing that looks at neighbours."
+    plain = recipe.nearest and not (recipe.perspective or recipe.blur or recipe.autocontrast)
+    return plain and images.dtype == torch.uint8 and images.device.type == 'cpu' and tuple(images.shape[-2:]) == tuple(resized)
+
+def _mean_through(film, table):
+    "Mean of `table[film]`: that of the film where the table is a straight line, else by how often each value occurs."
+    import cv2
+    if abs(table[255] - 255*table[1]) < 1e-6: return cv2.mean(film)[0]*float(table[255])/255
+    return float(cv2.calcHist([film], [0], None, [256], [0, 256]).ravel() @ table.astype(float))/film.size
+
+def _nearest_by_tables(images, matrices, window, recipe, u, out, part):
+    "Write the moved and changed uint8 [n, 1, h, w] to `out[part]`, float32 in [0, 1], black outside."
+    import cv2
+    (top, left, h, w), size, n = window, out.shape[-1], len(images)
+    half = np.array([[1, 0, .5], [0, 1, .5], [0, 0, 1]])     # OpenCV counts from the middle of the first pixel
+    forms, read = (np.linalg.inv(half) @ matrices @ half)[:, :2], np.empty((n, size, size), np.uint8)
+    for film, place, form in zip(images.numpy()[:, 0, top:top + h, left:left + w], read, forms):
+        cv2.warpAffine(film, form, (size, size), dst=place, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
+    means = lambda tables: torch.tensor([_mean_through(film, table) for film, table in zip(read, tables.numpy()[:, 0, 0])])[:, None, None, None]
+    tables = intensity_((torch.arange(256)/255).repeat(n, 1)[:, None, None], recipe, u, means).clamp_(0, 1).numpy()[:, 0, 0]
+    places = out.numpy()[part, 0] if isinstance(part, slice) else [out.numpy()[i, 0] for i in part]
+    for film, table, place in zip(read, tables, places): cv2.LUT(film, table, place)
 
 # %% ../../nbs/data/14_loading.ipynb #e2e1f2e7
 def _sample(x, grid, nearest=False):
