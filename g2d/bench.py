@@ -370,7 +370,7 @@ def bench_loader(table, small, device, rounds):
                     table.add(f'loader, {name}', label, rate(side), 'images/s', baseline=rate('theirs'), rate=True)
         finally: torch.set_num_threads(threads)
 
-# %% ../nbs/82_bench.ipynb #d638b033
+# %% ../nbs/82_bench.ipynb #2566f7c9
 def films_and_attention(n, size, heads=4):
     "Phantoms (32 different ones) and random attention maps."
     import torch
@@ -382,8 +382,10 @@ def films_and_attention(n, size, heads=4):
 def bench_pseudo_mask(table, small, device, rounds):
     "The pseudo-mask processor against the released one and scikit-image."
     import torch
+    from g2d.threads import keep_freed_memory
     from g2d.pseudo_mask import PseudoMask
     n, size, few = (8, 64, 1) if small else (64, 256, 4)
+    keep_freed_memory()     # as training does; both sides gain
     threads = torch.get_num_threads()
     attention, films = (x.to(device) for x in films_and_attention(n, size))
     full, reduced = PseudoMask(), PseudoMask.as_released()

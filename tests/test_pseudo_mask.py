@@ -115,6 +115,16 @@ def test_fill_is_a_superset_of_filled_holes():
     assert not fill_enclosed(torch.zeros(1, 5, 5, dtype=torch.bool)).any()
 
 
+@pytest.mark.parametrize('share', [.001, .01, .2, .9])
+def test_fill_by_whole_numbers_equals_looking_in_four_directions(share):
+    masks = torch.rand(30, 64, 64, generator=torch.manual_seed(1)) < share
+    masks[0], masks[1], masks[2, :, [0, 63]] = False, True, True
+    seen = torch.stack([masks.flip(d).int().cumsum(d).flip(d) > 0 if back else masks.int().cumsum(d) > 0 for d in (1, 2) for back in (False, True)]).all(0)
+    assert (fill_enclosed(masks) == seen).all()
+    assert (fill_enclosed(masks[..., :63]) == torch.stack([(m.flip(d).int().cumsum(d).flip(d) if back else m.int().cumsum(d)) > 0
+                                                           for m in [masks[..., :63]] for d in (1, 2) for back in (False, True)]).all(0)).all()
+
+
 @pytest.mark.parametrize('name', ['kermany', 'hannover', 'covid'])
 def test_body_keeps_the_lungs(data_root, name):
     films, lungs = read_set(data_root, name, None if name != 'kermany' else 150, masks=True)
@@ -183,7 +193,7 @@ def test_bilateral_equals_kornia(kernel_size, color, space):
     exact = bilateral_blur(mask.flatten(0, 1)[:, None], (kernel_size, kernel_size), color, (space, space))    # kornia compares colours over all channels
     torch.testing.assert_close(ours, exact.view(mask.shape), atol=1e-5, rtol=0)
     assert ours.min() >= 0 and ours.max() <= 1 + 1e-6
-    a, b = (f(mask.flatten(0, 1), kernel_size, space) for f in (room._blur_blocks, room._blur_shifts))
+    a, b = gaussian_blur(mask, kernel_size, space).flatten(0, 1), room._blur_shifts(mask.flatten(0, 1), kernel_size, space)
     torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
 
