@@ -96,7 +96,7 @@ def audit(store: Annotated[Path, typer.Argument(help='a store made by `g2d prepa
     from g2d.data.audit import write_audit
     print(f'The page about {store}: {write_audit(store, out or store.parent/f"{store.name}_audit", limit=limit)}')
 
-# %% ../nbs/80_cli.ipynb #bfc874a5
+# %% ../nbs/80_cli.ipynb #6ee9957e
 @app.command()
 def pretrain(store: Annotated[Path, typer.Argument(help='a store made by `g2d prepare`')],
              profile: Annotated[str, typer.Option(help='as_paper, as_released, recommended or demo')] = 'recommended',
@@ -105,13 +105,14 @@ def pretrain(store: Annotated[Path, typer.Argument(help='a store made by `g2d pr
              device: Annotated[Optional[str], typer.Option(help='cpu or cuda; settings.ini if not given')] = None,
              workers: Annotated[Optional[int], typer.Option(help='loading processes; settings.ini if not given')] = None,
              max_steps: Annotated[Optional[int], typer.Option(help='stop after so many optimiser steps')] = None,
+             processes: Annotated[int, typer.Option(help='processes on this machine that share each batch and the cores; under torchrun leave it at 1')] = 1,
              keep_epochs: Annotated[bool, typer.Option('--keep-epochs', help='keep the weights of each epoch, for the explorer')] = False,
              resume: Annotated[bool, typer.Option(help='continue from the checkpoint in the folder')] = True):
     "Pre-train a G2D on a store; a killed run continues with the same command."
     from g2d.profiles import profile as named
     chosen = named(profile, **pairs(set_, '--set'))
     from g2d.pretrain import pretrain as run
-    checkpoint = run(store, chosen, out, resume=resume, device=device, workers=workers, max_steps=max_steps, keep_epochs=keep_epochs)
+    checkpoint = run(store, chosen, out, resume=resume, device=device, workers=workers, max_steps=max_steps, keep_epochs=keep_epochs, processes=processes)
     if os.environ.get('RANK', '0') == '0': print(f'{checkpoint.about["step"]} steps done; checkpoint, log, curves and sample masks are in {checkpoint.path.parent}')
 
 # %% ../nbs/80_cli.ipynb #8f47990b

@@ -6,14 +6,16 @@
 __all__ = ['learning_rate', 'CsvLog', 'Pretrainer', 'parameter_groups', 'seed_everything', 'mask_teacher', 'averaged_tensors',
            'pretrain']
 
-# %% ../nbs/41_pretrain.ipynb #7d053c8d
-import csv, math, os, time
+# %% ../nbs/41_pretrain.ipynb #5ade30fa
+import csv, math, os, socket, sys, time
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import torch
 from .settings import G2DError
 from .files import atomic_path, write_json, read_json
 from .profiles import Profile, profile as named_profile
+from .threads import in_processes, keep_freed_memory
 from .checkpoint import Checkpoint, unpack_optimizer, set_random_state
 from .validation import make_pseudo_mask, losses_of, loss_weights, collect_pass, summarise, with_report_texts, dense_target, mask_texts
 
@@ -77,7 +79,7 @@ def seed_everything(seed: int) -> None:
     import random
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
-# %% ../nbs/41_pretrain.ipynb #765600a3
+# %% ../nbs/41_pretrain.ipynb #dccdf2af
 from fastcore.basics import patch
 
 @patch
@@ -87,7 +89,6 @@ def setup(self: Pretrainer):
     from accelerate.state import AcceleratorState
     from g2d.data.loading import Augment, PairLoader
     from g2d.models.comparators import build_model
-    from g2d.threads import keep_freed_memory
     keep_freed_memory()
     p = self.profile
     if int(os.environ.get('WORLD_SIZE', 1)) == 1: AcceleratorState._reset_state(True)   # a notebook may train twice, with another precision
@@ -123,7 +124,15 @@ def _training_index(self: Pretrainer):
     index = self.pairs.index[self.pairs.index['text'].notna()]
     return index if self.profile.train_split == 'all' else index[(index['split'] == self.profile.train_split).fillna(False)]
 
-# %% ../nbs/41_pretrain.ipynb #7720952e
+# %% ../nbs/41_pretrain.ipynb #cbc5bf48
+@contextmanager
+def _all_cores():
+    "The cores of all processes of this machine for one of them, while the others wait."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads*int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    try: yield
+    finally: torch.set_num_threads(threads)
+
 @patch
 def _warm_text_cache(self: Pretrainer):
     "Fill the text cache in a fixed order, where it is used: whole features of a frozen encoder, or the states below its trained layers."
@@ -138,7 +147,8 @@ def _warm_text_cache(self: Pretrainer):
     if self.profile.mask_source == 'sentences': texts += [s for of in mask_texts(texts) for s in of]
     texts = sorted(set(texts))
     from g2d.settings import settings
-    self.net.text_encoder.warm_cache(texts, folder=Path(settings.output_root)/'text_features')
+    with self.accelerator.main_process_first(), _all_cores():     # the others read its file
+        self.net.text_encoder.warm_cache(texts, folder=Path(settings.output_root)/'text_features')
 
 # %% ../nbs/41_pretrain.ipynb #7efdeb91
 def mask_teacher(net) -> torch.nn.Module:
@@ -287,7 +297,7 @@ def _after_step(self: Pretrainer, row, batch, bar, started):
     bar.set_postfix({k: f'{row[k]:.3f}' for k in ('loss', 'global', 'dense', 'local', 'pixel', 'word') if k in row} | {'images/s': f'{row["images_per_s"]:.0f}'}, refresh=False)
     if now - self.saved_at > self.checkpoint_seconds: self.save(self.loader.state_dict())
 
-# %% ../nbs/41_pretrain.ipynb #4809a48c
+# %% ../nbs/41_pretrain.ipynb #8f983c01
 @patch
 def validate(self: Pretrainer):
     "Validation figures and sample masks of this epoch, on the main process."
@@ -296,7 +306,7 @@ def validate(self: Pretrainer):
     held_out = (self.store.index['split'] == self.val_split).fillna(False).to_numpy(bool)
     if not self.pairs.index['text'][held_out].notna().any(): return
     view = self.store.select(split=self.val_split)
-    collected = collect_pass(self.net, view, self.device, min(self.profile.batch_size, 64), limit=self.val_images, progress=self.progress)
+    with _all_cores(): collected = collect_pass(self.net, view, self.device, min(self.profile.batch_size, 64), limit=self.val_images, progress=self.progress)
     self.validation.add(epoch=self.done_epochs, step=self.done_steps, **summarise(collected))
     from g2d.views import sample_masks, loss_curves
     sample_masks(collected, view, self.profile, self.out/'masks'/f'epoch_{self.done_epochs:03d}.png')
@@ -369,13 +379,32 @@ def run(self: Pretrainer, resume=True) -> Checkpoint:
     self.accelerator.wait_for_everyone()
     return self.checkpoint if main else Checkpoint.load(path)
 
-# %% ../nbs/41_pretrain.ipynb #5350a3a5
+# %% ../nbs/41_pretrain.ipynb #985ffa7e
+def _one_of_several(profile: dict, **given): pretrain(profile=Profile.from_dict(profile), **given)
+
+def _in_processes(store, profile: Profile, out: Path, processes: int, options: dict) -> Checkpoint:
+    "Train in several processes of this machine. Raises `G2DError` for a batch that they cannot share, and for what one of them raised."
+    if profile.batch_size % processes: raise G2DError(f'{processes} processes cannot share batches of {profile.batch_size}; expected a divisor of it.')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    def environment(rank):
+        here = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        if options['device'] == 'cpu': here['ACCELERATE_USE_CPU'] = 'true'
+        if sys.platform.startswith('linux'): here['GLOO_SOCKET_IFNAME'] = os.environ.get('GLOO_SOCKET_IFNAME', 'lo')
+        return here
+    share = profile.replace(batch_size=profile.batch_size//processes).to_dict()
+    in_processes('g2d.pretrain:_one_of_several', [dict(store=str(store.path), profile=share, out=str(out), **options)]*processes, processes, environment)
+    return Checkpoint.load(out)
+
+# %% ../nbs/41_pretrain.ipynb #15ccf942
 def pretrain(store, # a `RadiographStore` or the path of one
              profile: Profile | str = 'recommended', # a profile or its name
              out: str | Path = None, # folder of the run; outputs/pretrain/<profile> if None
              resume: bool = True, # continue from the checkpoint in `out` if there is one
              device: str | None = None, # cpu, cuda; settings.device if None
              workers: int | None = None, # loading processes; settings.workers if None
+             processes: int = 1, # on this machine, sharing the batch of the profile; under torchrun leave it at 1
              **options # checkpoint_seconds=60, val_images=500, progress=True, max_steps=None, val_split='val', keep_epochs=False
             ) -> Checkpoint: # the final checkpoint
     "Pre-train a G2D, or a method of `g2d.models.comparators`. Writes log.csv, validation.csv, losses.png, masks/ and checkpoint.safetensors to `out`. Raises `G2DError` for bad input."
@@ -385,5 +414,8 @@ def pretrain(store, # a `RadiographStore` or the path of one
     if isinstance(store, (str, Path)): store = RadiographStore.open(store)
     out = Path(out or settings.output_root/'pretrain'/profile.name)
     (out/'masks').mkdir(parents=True, exist_ok=True)
-    device = device or settings.device
-    return Pretrainer(store, profile, out, settings.workers if workers is None else workers, device.split(':')[0], **options).run(resume)
+    device, workers = (device or settings.device).split(':')[0], settings.workers if workers is None else workers
+    if processes > 1 and len(store) != len(RadiographStore.open(store.path)): raise G2DError(f'Several processes read the store from its folder, {store.path}; this is a part of it. Use processes=1.')
+    if processes < 1: raise G2DError(f'processes={processes} is not positive.')
+    if processes > 1 and 'RANK' not in os.environ: return _in_processes(store, profile, out, processes, dict(resume=resume, device=device, workers=workers, **options))
+    return Pretrainer(store, profile, out, workers, device, **options).run(resume)

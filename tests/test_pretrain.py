@@ -1,6 +1,6 @@
 "Pre-training: kill -9 and resume to the same weights, two processes, and everything that must be refused."
 import json, os, signal, subprocess, sys, time
-import numpy as np
+import numpy as np, pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -228,3 +228,41 @@ def test_what_the_decoder_learns(target, tmp_path):
     end = pretrain(store, p, tmp_path/'run', device='cpu', progress=False)
     moved = any(not torch.equal(v, end.weights[f'decoder.{k}']) for k, v in start.items() if 'running' not in k and 'num_batches' not in k)
     assert moved == (target != 'none')
+
+
+def test_processes_of_one_call_share_the_batch(store, tmp_path):
+    "Two processes each take their part of a batch (`test_ranks_share_the_epoch`); losses are close to those of one process, up to what BatchNorm of the projectors sees."
+    p = profile('demo', **TINY | dict(image_encoder='convnext_atto', epochs=1, gather=True, dense_target='none', lr=1e-4))
+    one = pretrain(store, p, tmp_path/'one', device='cpu', progress=False, max_steps=4)
+    two = pretrain(store, p, tmp_path/'two', device='cpu', progress=False, max_steps=4, processes=2)
+    assert two.about['processes'] == 2 and two.about['step'] == one.about['step'] == 4 and two.profile.batch_size*2 == p.batch_size
+    a, b = (pd.read_csv(tmp_path/name/'log.csv') for name in ('one', 'two'))
+    assert np.abs(a['loss'][:1] - b['loss'][:1]).max() < .35 and len(a) == len(b) == 4
+    again = pretrain(store, p, tmp_path/'two', device='cpu', progress=False, max_steps=4, processes=2)
+    assert again.about['step'] == 4
+    with pytest.raises(G2DError, match='was trained with 2 processes'): pretrain(store, p.replace(batch_size=p.batch_size//2), tmp_path/'two', device='cpu', progress=False)
+
+
+def test_mistakes_of_several_processes_are_one_sentence(store, tmp_path):
+    p = profile('demo', **TINY | dict(epochs=1))
+    with pytest.raises(G2DError, match='3 processes cannot share batches of 8'): pretrain(store, p, tmp_path/'a', device='cpu', processes=3)
+    with pytest.raises(G2DError, match='processes=0 is not positive'): pretrain(store, p, tmp_path/'a', device='cpu', processes=0)
+    with pytest.raises(G2DError, match='this is a part of it'): pretrain(store.select(split='train'), p, tmp_path/'a', device='cpu', processes=2)
+    with pytest.raises(G2DError, match='is unknown|cannot|Unknown|not exist|no '): pretrain(store, p.replace(image_encoder='no_such_network'), tmp_path/'b', device='cpu', processes=2, progress=False)
+
+
+def test_processes_end_with_their_parent(store, tmp_path):
+    "After kill -9 of the parent nobody goes on writing, and the same call finishes the run."
+    script = SCRIPT.rsplit('\n', 2)[0] + '\npretrain(store, profile("demo", **overrides), out, device="cpu", progress=False, checkpoint_seconds=0, val_images=8, processes=2)\n'
+    overrides = TINY | dict(epochs=40)
+    parent = subprocess.Popen([sys.executable, '-c', script, str(store.path), str(tmp_path/'run'), json.dumps(overrides), '0'], env=os.environ | dict(OMP_NUM_THREADS='1'))
+    while parent.poll() is None and steps_in(tmp_path/'run') < 3: time.sleep(.05)
+    assert parent.poll() is None
+    parent.send_signal(signal.SIGKILL); parent.wait()
+    time.sleep(4)
+    before = steps_in(tmp_path/'run')
+    time.sleep(3)
+    assert before >= 3 and steps_in(tmp_path/'run') == before
+    steps = Checkpoint.load(tmp_path/'run').about['step']
+    c = pretrain(store, profile('demo', **TINY | dict(epochs=40)), tmp_path/'run', device='cpu', progress=False, processes=2, max_steps=steps + 2, val_images=8)
+    assert c.about['step'] == steps + 2

@@ -364,11 +364,23 @@ def test_small_runs_write_their_table(name, tmp_path, capsys):
     assert sum(bool(r['ratio']) for r in rows) >= 2
 
 
-def test_freed_memory_is_kept_and_users_of_malloc_variables_are_left_alone(monkeypatch):
+def counts_faults() -> bool:
+    "Does this kernel count page faults? That of gVisor says 0, whatever is touched."
+    import resource
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(1 << 23)                                               # 64 MiB, each page touched for the first time
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt > before
+
+
+def test_freed_memory_is_kept():
     given, kept = (B.answer_of(B.start_child('kept_child', keep=keep, small=True)) for keep in (False, True))
     if B.os.uname().sysname != 'Linux': pytest.skip('glibc only')
-    assert kept['faults'] < given['faults']/5, (given, kept)      # medians of eight steps, the heap having grown in the first two
     assert kept['peak'] < 1.3*given['peak'], (given, kept)
+    if not counts_faults(): pytest.skip('this kernel counts no page faults, so there is nothing to compare')
+    assert kept['faults'] < given['faults']/5, (given, kept)      # medians of eight steps, the heap having grown in the first two
+
+
+def test_users_of_malloc_variables_are_left_alone(monkeypatch):
     from g2d.threads import keep_freed_memory
     monkeypatch.setenv('MALLOC_ARENA_MAX', '2')
     assert keep_freed_memory() is False

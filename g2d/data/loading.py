@@ -452,7 +452,7 @@ def gaussian_blur(x: Float[Tensor, "n 1 h w"],
     taps = torch.tensor(taps/(2*taps.sum(1, keepdims=True) - taps[:, :1]), dtype=x.dtype, device=x.device)
     return _blur_rows(_blur_rows(x, taps).mT, taps).mT
 
-# %% ../../nbs/data/14_loading.ipynb #04b7a240
+# %% ../../nbs/data/14_loading.ipynb #58624152
 def _pieces(matrices, n, device, piece=8):
     "List of (which images, whether they move): slices when all are alike, otherwise indices."
     if torch.device(device).type != 'cpu': piece = max(n, 1)
@@ -460,6 +460,8 @@ def _pieces(matrices, n, device, piece=8):
     if moves.all() or not moves.any(): return [(slice(i, i + piece), moves.any()) for i in range(0, n, piece)]
     groups = [(np.flatnonzero(moves == moved), moved) for moved in (True, False)]
     return [(some[i:i + piece], moved) for some, moved in groups for i in range(0, len(some), piece)]
+
+def _empty(x, size, dtype): return torch.empty(*x.shape[:2], size, size, dtype=dtype, device=x.device)
 
 def _take(x, part): return x[part] if isinstance(part, slice) else x.index_select(0, torch.as_tensor(part, device=x.device))
 
@@ -473,7 +475,7 @@ def _put(out, part, x):
     if isinstance(part, slice): out[part] = x
     else: out.index_copy_(0, torch.as_tensor(part, device=x.device), x)
 
-# %% ../../nbs/data/14_loading.ipynb #3bdf0513
+# %% ../../nbs/data/14_loading.ipynb #30551806
 class Augment:
     "A named augmentation: uint8 or float images [B, 1, H, W] -> float32 [B, 1, size, size] in [0, 1], and masks with them."
     def __init__(self, name: str = 'recommended', # a name of RECIPES
@@ -496,8 +498,7 @@ class Augment:
         resized, window = frame_of(images.shape[-2:], self.size, self.recipe, train)
         matrices = geometry(self.recipe, u, window[2:], self.size) if train else None
         tables = _by_tables(images, resized, self.recipe)     # no grid of fractions then, unless there are masks
-        new = lambda x, dtype: torch.empty(*x.shape[:2], self.size, self.size, dtype=dtype, device=x.device)
-        out, out_masks = new(images, torch.float32), None if masks is None else new(masks, masks.dtype)
+        out, out_masks = _empty(images, self.size, torch.float32), None if masks is None else _empty(masks, self.size, masks.dtype)
         def work(part, moved):
             some = {name: values[part] for name, values in u.items()}
             grid = sampling_grid(matrices[part], window[2:], self.size, images.device) if moved and not (tables and masks is None) else None

@@ -30,14 +30,14 @@ class G2DOutput(NamedTuple):
     mask_logits: Float[Tensor, "b k H W"] | None     # decoder output before the sigmoid; k = 1, or a mask for each head
     extra: dict[str, Tensor] | None = None           # what the losses of a comparator need, by name; G2D has nothing
 
-# %% ../../nbs/models/24_g2d.ipynb #441bf83f
+# %% ../../nbs/models/24_g2d.ipynb #0f6d8ce1
 class G2D(nn.Module):
     "Image and text encoder, projectors, attention pool and U-Net decoder, as a profile describes them."
     def __init__(self, p: Profile | str = 'recommended' # a profile or its name
                 ):
         super().__init__()
         self.profile = p = profile(p) if isinstance(p, str) else p
-        self.image_encoder = ImageEncoder(p.image_encoder, p.pretrained, p.in_chans, p.output_stride, p.normalise, depth=p.encoder_depth)
+        self.image_encoder = ImageEncoder(p.image_encoder, p.pretrained, p.in_chans, p.output_stride, p.normalise, depth=p.encoder_depth, frozen_stages=p.frozen_stages)
         cells = -(-p.crop_size//self.image_encoder.reductions[-1])
         self.image_projector = ImageProjector(self.image_encoder.channels[-1], p.embed_dim)
         self.pool = AttentionPool(p.embed_dim, p.heads, p.head_dim, grid=(cells, cells), query=p.pool_query,

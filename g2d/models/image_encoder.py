@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'intensity_statistics', 'check_images', 'read_weights', 'whole_names', 'fit_weights',
-           'is_vit', 'offline_weights', 'build_network', 'pyramid', 'build_vit', 'vit_pyramid', 'ImageEncoder']
+           'is_vit', 'offline_weights', 'build_network', 'pyramid', 'build_vit', 'vit_pyramid', 'frozen_modules',
+           'ImageEncoder']
 
 # %% ../../nbs/models/20_image_encoder.ipynb #4f5b983f
 import difflib
@@ -225,7 +226,25 @@ def vit_pyramid(net: nn.Module, output_stride: int, depth: int, name: str
     blocks = [max(round(layers*min(i, distinct)/distinct), 1) - 1 for i in range(1, depth)]
     return strides, [0] + [net.embed_dim]*(depth - 1), blocks
 
-# %% ../../nbs/models/20_image_encoder.ipynb #6488022e
+# %% ../../nbs/models/20_image_encoder.ipynb #0e0d04a3
+def frozen_modules(net: nn.Module, # timm features_only network
+                   stages: int, # lowest stages of the pyramid, 0 = none
+                   depth: int, # stages in all
+                   missing: int, # stages of the pyramid that the network lacks at its start (stride 2)
+                   name: str # timm name, for messages
+                  ) -> list[nn.Module]: # the modules of these stages that hold weights or nothing else
+    "What stays as it is. Raises `G2DError` for a number out of range, or a transformer."
+    if stages == 0: return []
+    if is_vit(name): raise G2DError(f'frozen_stages is {stages}, and {name} has no stages; expected 0 for a transformer.')
+    if not 0 < stages < depth: raise G2DError(f'frozen_stages is {stages}; expected 0 to {depth - 1}, so that the last of {depth} stages still learns.')
+    if stages <= missing: return []
+    last, names = net.feature_info.module_name()[stages - 1 - missing], [k for k, _ in net.named_modules()]
+    ends = [i for i, k in enumerate(names) if any(k == end or k.startswith(f'{end}.') for end in (last, last.replace('.', '_')))]
+    if not ends: raise G2DError(f'The stages of {name} cannot be told apart; expected frozen_stages=0.')
+    inside = [net.get_submodule(k) for k in names[:max(ends) + 1] if k]
+    return [m for m in inside if not list(m.children()) or list(m.parameters(recurse=False))]   # BatchNorm of timm has a child, its activation
+
+# %% ../../nbs/models/20_image_encoder.ipynb #10291b4f
 class ImageEncoder(nn.Module):
     "A timm network as a pyramid of features; `weights` says where its weights come from."
     def __init__(self,
@@ -235,7 +254,8 @@ class ImageEncoder(nn.Module):
                  output_stride: int = 32, # 32, 16 or 8; below 32 the last stages are dilated
                  normalise: str = 'unit', # unit: [0, 1]; imagenet: mean and standard deviation of ImageNet
                  channels_last: bool = False, # memory layout NHWC
-                 depth: int = 5 # stages of the pyramid; 4 ends at stride 16
+                 depth: int = 5, # stages of the pyramid; 4 ends at stride 16
+                 frozen_stages: int = 0 # lowest stages kept as they are, statistics of BatchNorm included; only convolutional networks
                 ):
         super().__init__()
         if in_chans not in (1, 3): raise G2DError(f'in_chans is {in_chans}; expected 1 or 3.')
@@ -250,9 +270,19 @@ class ImageEncoder(nn.Module):
             self.reductions, self.channels, self._drop, self._add = pyramid(info.reduction(), info.channels(), output_stride, name)
         self._nhwc = str(getattr(self.net, 'output_fmt', 'NCHW')).endswith('NHWC')
         for key, value in zip(('mean', 'std'), intensity_statistics(normalise, in_chans)): self.register_buffer(key, value, persistent=False)
+        self._still = frozen_modules(self.net, frozen_stages, depth, 0 if self.vit else self._add - self._drop, name)
+        for module in self._still: module.eval().requires_grad_(False)
         if channels_last: self.net.to(memory_format=torch.channels_last)
 
     def extra_repr(self): return f'{self.name}, weights={self.weights!r}, strides={self.reductions}, channels={self.channels}'
+
+# %% ../../nbs/models/20_image_encoder.ipynb #ac971933
+@patch
+def train(self: ImageEncoder, mode: bool = True):
+    "Training mode for the stages that are trained."
+    nn.Module.train(self, mode)
+    for module in self._still: module.eval()
+    return self
 
 # %% ../../nbs/models/20_image_encoder.ipynb #9a762981
 @patch
