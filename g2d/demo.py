@@ -5,30 +5,39 @@
 # %% auto #0
 __all__ = ['demo_runs', 'write_page', 'demo']
 
-# %% ../nbs/81_demo.ipynb #de19da8c
+# %% ../nbs/81_demo.ipynb #feefec70
 import base64, html, json, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from .settings import G2DError
 from .files import atomic_path, read_json
 
-# %% ../nbs/81_demo.ipynb #bd81d653
+# %% ../nbs/81_demo.ipynb #8f58b638
 def demo_runs(images: int = 2000, # phantoms for training
               real: bool = True,  # also the real pairs, if settings.data_root is set
               quick: bool = False # a few seconds only: for tests
              ) -> list: # (title, notebook, function of earlier folders -> parameters)
     "The experiments of the demo in order."
-    small = dict(image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers=0, text_pool='cls', image_size=64, crop_size=64, epochs=1, global_only_steps=2, batch_size=20) if quick else dict(decoder_scale=2)   # masks are smooth: half the resolution costs a third less
+    # masks are smooth: half the resolution costs a third less; first stages see edges, whatever the films are, and cost a fourth of a step
+    small = dict(image_encoder='resnet18', pretrained=False, text_encoder='tiny', frozen_layers=0, text_pool='cls', image_size=64, crop_size=64, epochs=1, global_only_steps=2, batch_size=20) if quick else dict(decoder_scale=2, frozen_stages=2)
+    share = 1 if quick else _processes()
     test = 40 if quick else 500
     checkpoint = lambda name: (lambda done: str(done[name]/'training'))
-    runs = [('Pre-training on phantoms', 'pretrain', lambda done: dict(store='phantoms', train_images=images, test_images=test, profile_name='demo', overrides=small)),
+    runs = [('Pre-training on phantoms', 'pretrain', lambda done: dict(store='phantoms', train_images=images, test_images=test, profile_name='demo', processes=share, overrides=small)),
             ('Pseudo-masks of held-out phantoms', 'pseudo_mask_gallery', lambda done: dict(store=_store(done), checkpoint=checkpoint('Pre-training on phantoms')(done), films=8)),
             ('Segmentation with 1 % of the masks', 'segmentation', lambda done: dict(store=_store(done), checkpoint=checkpoint('Pre-training on phantoms')(done),
-                                                                                  fraction=.3 if quick else .01, freeze='no', steps=3 if quick else 40, seeds=1, limit=40 if quick else 150))]
+                                                                                  fraction=.3 if quick else .01, freeze='no', steps=3 if quick else 40, seeds=1, limit=40 if quick else 150, processes=share))]
     if real:
         more = small | ({} if quick else dict(epochs=8, global_only_steps=12, batch_size=32))
-        runs += [('Pre-training on real films', 'pretrain', lambda done: dict(store='real', profile_name='demo', overrides=more)),
+        runs += [('Pre-training on real films', 'pretrain', lambda done: dict(store='real', profile_name='demo', processes=share, overrides=more)),
                  ('Pseudo-masks of real films', 'pseudo_mask_gallery', lambda done: dict(store='real', split='', checkpoint=checkpoint('Pre-training on real films')(done), films=12))]
     return runs
+
+def _processes():
+    "Two on a CPU that has two cores: one process keeps one core busy, and the second one only in part."
+    import torch
+    from g2d.settings import settings
+    return 2 if settings.device == 'cpu' and torch.get_num_threads() >= 2 else 1
 
 def _store(done): return read_json(done['Pre-training on phantoms']/'metrics.json')['store']
 
@@ -88,19 +97,35 @@ def write_page(done: dict, # title -> folder of the run
     with atomic_path(path) as temporary: temporary.write_text('\n'.join(parts) + '</html>\n', encoding='utf-8')
     return path
 
-# %% ../nbs/81_demo.ipynb #d8d650d8
+# %% ../nbs/81_demo.ipynb #07e079b9
+def _waves(runs):
+    "Lists of runs that can go on at the same time; each pre-training has one of its own."
+    waves = []
+    for run in runs:
+        if not waves or 'pretrain' in (run[1], waves[-1][-1][1]): waves.append([])
+        waves[-1].append(run)
+    return waves
+
+def _timed(title, notebook, parameters, again):
+    "Run a notebook and say how long it took; returns its folder."
+    from g2d.runs import run_notebook
+    started = time.time()
+    print(f'== {title}', file=sys.stderr, flush=True)
+    folder = run_notebook(notebook, parameters, again=again)
+    print(f'== {title}: {time.time()-started:.0f} s, {folder}', file=sys.stderr, flush=True)
+    return folder
+
+# %% ../nbs/81_demo.ipynb #7f06f76a
 def demo(out: Path | str | None = None, # folder of the page; outputs/demo if None
          images: int = 2000, real: bool = True, again: bool = False, quick: bool = False
         ) -> Path: # the HTML page
     "Run the demo. Real films are left out, with a note, when no data root is set."
-    from g2d.runs import run_notebook
     from g2d.settings import settings
     out, notes, done = Path(out or settings.output_root/'demo'), [], {}
     if real and settings.data_root is None:
         notes.append('Real films are not shown: no data root is set (environment G2D_DATA).')
-    for title, notebook, parameters in demo_runs(images, real and settings.data_root is not None, quick):
-        started = time.time()
-        print(f'== {title}', file=sys.stderr, flush=True)
-        done[title] = run_notebook(notebook, parameters(done), again=again)
-        print(f'== {title}: {time.time()-started:.0f} s, {done[title]}', file=sys.stderr, flush=True)
+    for wave in _waves(demo_runs(images, real and settings.data_root is not None, quick)):
+        with ThreadPoolExecutor(len(wave)) as pool:      # a thread waits for its kernel, which is a process of its own
+            found = [(title, pool.submit(_timed, title, notebook, parameters(done), again)) for title, notebook, parameters in wave]
+            done |= {title: folder.result() for title, folder in found}
     return write_page(done, out/'index.html', notes)

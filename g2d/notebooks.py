@@ -180,31 +180,32 @@ def end_old_kernel(folder: Path) -> None:
             time.sleep(.02)
     (folder/'kernel.json').unlink(missing_ok=True)
 
-# %% ../nbs/59_notebooks.ipynb #53be03cf
+# %% ../nbs/59_notebooks.ipynb #2f198d32
 def _engine():
     "Register the engine, once; papermill is imported here because it takes a second."
     from jupyter_client import AsyncKernelManager
     from papermill.engines import NBClientEngine, papermill_engines
     if 'g2d' in papermill_engines._engines: return papermill_engines._engines['g2d']
-    class Manager(AsyncKernelManager):
-        async def _async_post_start_kernel(self, **options):
-            await super()._async_post_start_kernel(**options)
-            pid = getattr(self.provisioner, 'pid', None)
-            if pid and Engine.folder: write_json(Engine.folder/'kernel.json', dict(pid=pid, started=_started(pid)))
+    def manager(folder):
+        class Manager(AsyncKernelManager):
+            async def _async_post_start_kernel(self, **options):
+                await super()._async_post_start_kernel(**options)
+                pid = getattr(self.provisioner, 'pid', None)
+                if pid: write_json(folder/'kernel.json', dict(pid=pid, started=_started(pid)))
+        return Manager
     class Engine(NBClientEngine):
-        folder = None
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, **options):
+        def execute_managed_notebook(cls, nb_man, kernel_name, g2d_folder, **options):   # the folder belongs to the call: several may run at a time
             n, start = len(nb_man.nb.cells), nb_man.cell_start
             def noted(cell, cell_index=None, **more):
-                write_json(cls.folder/'state.json', dict(cell=cell_index + 1, cells=n, time=time.time()))
+                write_json(g2d_folder/'state.json', dict(cell=cell_index + 1, cells=n, time=time.time()))
                 return start(cell, cell_index, **more)
             nb_man.cell_start = noted
-            return super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=Manager, **options)
+            return super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=manager(g2d_folder), **options)
     papermill_engines.register('g2d', Engine)
     return Engine
 
-# %% ../nbs/59_notebooks.ipynb #c811c076
+# %% ../nbs/59_notebooks.ipynb #6bf6f4b1
 def _execute(notebook, parameters, folder, progress, parts):
     "Run one notebook through papermill and record how it ended."
     import logging, papermill
@@ -216,12 +217,12 @@ def _execute(notebook, parameters, folder, progress, parts):
     write_json(folder/'environment.json', environment())
     logging.getLogger('papermill').setLevel(logging.WARNING)
     os.environ.setdefault('TQDM_MININTERVAL', '5')
-    engine, started = _engine(), time.time()
-    engine.folder = folder
+    _engine()
+    started = time.time()
     values = parameters | (dict(folder=str(folder.resolve())) if 'folder' in parameters_of(notebook) else {})
     try:
         with open(folder/'log.txt', 'w', encoding='utf-8') as log:
-            papermill.execute_notebook(str(notebook), str(folder/'run.ipynb'), values, engine_name='g2d', kernel_name='python3', progress_bar=False, log_output=False, config=_kernel_config(),
+            papermill.execute_notebook(str(notebook), str(folder/'run.ipynb'), values, engine_name='g2d', g2d_folder=folder, kernel_name='python3', progress_bar=False, log_output=False, config=_kernel_config(),
                                        stdout_file=_Tee(log, sys.stdout if progress else None), stderr_file=_Tee(log, sys.stderr if progress else None), cwd=str(notebook.parent))
     except PapermillExecutionError as error: _failed(folder, f'{error.ename}: {error.evalue}', started, error.exec_count, error.source, error.traceback)
     except Exception as error: # the kernel died, the disk is full, the notebook is broken

@@ -79,20 +79,21 @@ def seed_everything(seed: int) -> None:
     import random
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
-# %% ../nbs/41_pretrain.ipynb #dccdf2af
+# %% ../nbs/41_pretrain.ipynb #24eb3794
 from fastcore.basics import patch
 
 @patch
 def setup(self: Pretrainer):
     "Build accelerator, loader, model and optimiser."
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     from g2d.data.loading import Augment, PairLoader
     from g2d.models.comparators import build_model
     keep_freed_memory()
     p = self.profile
     if int(os.environ.get('WORLD_SIZE', 1)) == 1: AcceleratorState._reset_state(True)   # a notebook may train twice, with another precision
-    self.accelerator = Accelerator(mixed_precision=dict(fp32='no').get(p.precision, p.precision), cpu=self.device_name == 'cpu')
+    idle = DistributedDataParallelKwargs(find_unused_parameters=p.global_only_steps > 0 or p.dense_target == 'none')   # the decoder, for a while
+    self.accelerator = Accelerator(mixed_precision=dict(fp32='no').get(p.precision, p.precision), cpu=self.device_name == 'cpu', kwargs_handlers=[idle])
     self.device = self.accelerator.device
     self.pairs = with_report_texts(self.store, p)
     self.loader = PairLoader(self.pairs, p.batch_size, split=None if p.train_split == 'all' else p.train_split, seed=p.seed, rank=self.accelerator.process_index,
@@ -124,7 +125,7 @@ def _training_index(self: Pretrainer):
     index = self.pairs.index[self.pairs.index['text'].notna()]
     return index if self.profile.train_split == 'all' else index[(index['split'] == self.profile.train_split).fillna(False)]
 
-# %% ../nbs/41_pretrain.ipynb #cbc5bf48
+# %% ../nbs/41_pretrain.ipynb #3368f427
 @contextmanager
 def _all_cores():
     "The cores of all processes of this machine for one of them, while the others wait."
@@ -134,16 +135,23 @@ def _all_cores():
     finally: torch.set_num_threads(threads)
 
 @patch
+def _texts(self: Pretrainer):
+    "The texts that this training meets: of its training pairs, and of those that it is validated on."
+    index, p = self.pairs.index, self.profile
+    if 'all' in (p.train_split, self.val_split) or self.val_split is None: return index['text'].dropna().tolist()
+    return index.loc[index['split'].isin([p.train_split, self.val_split]).fillna(False), 'text'].dropna().tolist()
+
+@patch
 def _warm_text_cache(self: Pretrainer):
     "Fill the text cache in a fixed order, where it is used: whole features of a frozen encoder, or the states below its trained layers."
     p, encoder = self.profile, self.net.text_encoder
     if p.text_cache != 'off' and encoder.prefix and p.method != 'mpma':
         from g2d.settings import settings
         self.net.to(self.device)
-        encoder.keep_prefixes(self.pairs.index['text'].dropna().tolist(), p.text_cache, p.text_cache_gb*1e9, Path(settings.output_root)/'text_features', progress=self.progress)
+        encoder.keep_prefixes(self._texts(), p.text_cache, p.text_cache_gb*1e9, Path(settings.output_root)/'text_features', progress=self.progress)
     if self.profile.frozen_layers != 'all' or self.profile.local != 'none' or self.profile.method == 'mpma': return
     self.net.to(self.device)
-    texts = self.pairs.index['text'].dropna().tolist()
+    texts = self._texts()
     if self.profile.mask_source == 'sentences': texts += [s for of in mask_texts(texts) for s in of]
     texts = sorted(set(texts))
     from g2d.settings import settings
@@ -190,33 +198,30 @@ def _target(self: Pretrainer, out, images, texts, shift): # -> [B, k, H, W]
             out = out._replace(patch_emb=patches, attention=attention, text_emb=net.encode_text(texts) if self.profile.mask_source == 'similarity' else out.text_emb)
         return dense_target(self.profile, self.pseudo_mask, out, images, shift, texts, net)
 
-# %% ../nbs/41_pretrain.ipynb #62247ad1
+# %% ../nbs/41_pretrain.ipynb #d7cb8447
 @patch
 def step(self: Pretrainer, batch) -> dict: # losses as tensors, without gradient
     "Forward and backward of one batch."
     torch.manual_seed((self.profile.seed*1_000_003 + batch.global_step*1_009 + self.accelerator.process_index) % 2**31)
     images, _ = self.augment(batch.images.to(self.device, non_blocking=True), step=batch.global_step)
     dense = self.done_steps >= self.profile.global_only_steps and self.profile.dense_target != 'none'
-    together = self.accelerator.num_processes > 1
     if self.profile.grad_cache_chunk: return self._cached_step(batch, images, dense)
     texts = self.net.text_encoder.tokenize(batch.texts) if self.profile.compile and not self.net.text_encoder.frozen else batch.texts
-    out = self.model(images, texts, decode=dense or together)
+    out = self.model(images, texts, decode=dense)
     shift = int(torch.randint(1, max(len(images), 2), ())) if self.profile.dense_target == 'shuffled' else 1
     target = self._target(out, images, batch.texts, shift) if dense else None
     parts = losses_of(self.profile, out, target, batch.texts, dense=dense)
-    # several processes wait for a gradient of every parameter: the decoder gets one of zero, and `update` drops it
-    rest = 0.*out.mask_logits.sum() if together and not dense and out.mask_logits is not None else 0.
-    self.accelerator.backward((parts['loss'] + rest)/self.profile.accumulate)
+    self.accelerator.backward(parts['loss']/self.profile.accumulate)
     return {k: v.detach() for k, v in parts.items()}
 
-# %% ../nbs/41_pretrain.ipynb #bce79cbd
+# %% ../nbs/41_pretrain.ipynb #2a1e00d5
 @patch
 def _cached_step(self: Pretrainer, batch, images, dense) -> dict: # losses as tensors, without gradient
     "Forward and backward of one batch with the memory of a chunk."
     from contextlib import nullcontext
     from g2d.losses import cached_backward
     from g2d.models.g2d import G2DOutput
-    p, n, several = self.profile, len(images), self.accelerator.num_processes > 1
+    p, n = self.profile, len(images)
     edges = np.linspace(0, n, -(-n//p.grad_cache_chunk) + 1).astype(int)
     cuts, seed, sums = [slice(a, b) for a, b in zip(edges, edges[1:])], int(torch.randint(2**31, ())), {}
     tokens = self.net.text_encoder.tokenize(batch.texts) if p.local == 'gloria' or (p.compile and not self.net.text_encoder.frozen) else None
@@ -224,7 +229,7 @@ def _cached_step(self: Pretrainer, batch, images, dense) -> dict: # losses as te
     def forward(k, last):
         torch.manual_seed((seed + k) % 2**31)
         texts = batch.texts[cuts[k]] if tokens is None else {name: x[cuts[k]] for name, x in tokens.items()}
-        with quiet(k): out = self.model(images[cuts[k]], texts, decode=last and (dense or several))
+        with quiet(k): out = self.model(images[cuts[k]], texts, decode=last and dense)
         shared = dict(image_emb=out.image_emb, text_emb=out.text_emb)
         return shared | (dict(patch_emb=out.patch_emb, **{name: out.extra[name] for name in ('words', 'word_mask')}) if p.local == 'gloria' else {}), out
     def joint(e):
@@ -240,7 +245,7 @@ def _cached_step(self: Pretrainer, batch, images, dense) -> dict: # losses as te
         for name, x in parts.items(): sums[name] = sums.get(name, 0.) + x.detach()
         total = sum(loss_weights(p)[name]*x for name, x in parts.items())
         sums['loss'] = sums['loss'].detach() + (total.detach() if parts else 0.)
-        return total + (0.*out.mask_logits.sum() if several and not dense and out.mask_logits is not None else 0.)
+        return total
     def backward(loss, k):
         with quiet(k): self.accelerator.backward(loss/p.accumulate)
     cached_backward(self.net, len(cuts), forward, joint, own, backward)

@@ -177,18 +177,20 @@ def findings_with_words(store, row: int) -> list: # (prompt, bool [H, W]) for ea
         found.append((prompt, inside & masks[box['label']] if box['label'] in masks else inside))
     return found
 
-# %% ../nbs/36_validation.ipynb #d12d068a
+# %% ../nbs/36_validation.ipynb #87219d05
 @torch.no_grad()
 def collect_pass(model, store, device='cpu', batch_size=50, limit=None, named=True, progress=False) -> Collected:
     "One pass of `model` (see `g2d.models.comparators`) over a store or a view of it. Raises `G2DError` if it has no pairs."
     from g2d.data.loading import Augment
+    from g2d.threads import keep_freed_memory
     from tqdm import tqdm
     p, was_training = model.profile, model.training
     store = with_report_texts(store, p)
     augment, processor = Augment(p.augment, getattr(model, 'film_size', p.crop_size)), make_pseudo_mask(p)   # used with train=False: the crop of this recipe, nothing random
     rows = np.flatnonzero(store.index['text'].notna())[:limit]
     if not len(rows): raise G2DError('There are no held-out pairs of image and text to validate on.')
-    model.eval()
+    keep_freed_memory()
+    model.eval().to(memory_format=torch.channels_last)   # as it is trained: a quarter faster on a CPU
     parts, found = [], []
     batches = [rows[i:i+batch_size] for i in range(0, len(rows), batch_size)]
     for batch in tqdm(batches, desc='validation', disable=not progress, mininterval=1):

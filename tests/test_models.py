@@ -645,3 +645,67 @@ def test_frozen_stages_of_g2d_reach_the_gradient_and_the_checkpoint_file():
     assert set(G2D(p.replace(frozen_stages=0)).state_dict()) == set(net.state_dict())          # the weights fit with and without
     with pytest.raises(G2DError, match='expected 0 to 4'): ImageEncoder('resnet18', frozen_stages=5)
     with pytest.raises(G2DError, match='expected 0 for a transformer'): ImageEncoder('test_vit', frozen_stages=1)
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'tf_efficientnet_lite0', 'mobilenetv3_small_050', 'resnetv2_50', 'densenet121'])
+def test_frozen_stages_are_folded_and_change_nothing(name):
+    import copy
+    from g2d.models.image_encoder import ImageEncoder, _FoldedConv, fold_frozen, frozen_modules
+    torch.manual_seed(0)
+    net = ImageEncoder(name, in_chans=1, frozen_stages=2)
+    for m in net.modules(): # statistics that are not those of a fresh network
+        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(0, .2); m.running_var.uniform_(.5, 2); m.weight.data.uniform_(.5, 1.5); m.bias.data.normal_(0, .2)
+    plain = ImageEncoder(name, in_chans=1).double()
+    net.double()                                    # rounding tips units over the edge of a ReLU in single precision
+    plain.load_state_dict(net.state_dict())
+    assert list(plain.state_dict()) == list(net.state_dict())
+    folded = [m for m in net.modules() if isinstance(m, _FoldedConv)]
+    assert folded or name in ('densenet121',), name
+    x = torch.rand(2, 1, 96, 96, dtype=torch.float64)
+    with torch.no_grad():
+        for a, b in zip(net.eval()(x), plain.eval()(x)): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9*float(b.abs().max()))
+    for module in net._still: assert not module.training
+    if not folded: return
+    # in training: the same gradient for the stages that are trained, whatever the memory layout, and in a copy
+    other = copy.deepcopy(net).to(memory_format=torch.channels_last).train()
+    assert all(m._pair[0] is not n._pair[0] for m, n in zip(folded, (m for m in other.modules() if isinstance(m, _FoldedConv))))
+    net.train(); plain.train()
+    twins = {id(a): b for a, b in zip(net.modules(), plain.modules())}
+    for module in net._still: twins[id(module)].eval()
+    grads = []
+    for one in (net, plain, other):
+        one.zero_grad(); one(x)[-1].square().mean().backward()
+        grads.append({k: p.grad for k, p in one.named_parameters()})
+    for k, p in net.named_parameters():
+        if not p.requires_grad: assert grads[0][k] is None; continue
+        for g in (grads[0][k], grads[2][k]): assert (g - grads[1][k]).norm() <= 1e-7*grads[1][k].norm() + 1e-12, k
+    # other weights are seen, and a stage that is trained after all computes by itself
+    state = {k: v*1.1 if v.is_floating_point() else v for k, v in plain.state_dict().items()}
+    net.load_state_dict(state); plain.load_state_dict(state)
+    with torch.no_grad(): torch.testing.assert_close(net.eval()(x)[-1], plain.eval()(x)[-1], rtol=1e-8, atol=1e-8*float(plain(x)[-1].abs().max()))
+    net.requires_grad_(True)
+    with torch.no_grad(): assert all(torch.equal(a, b) for a, b in zip(net(x), plain(x)))
+    net(x)[-1].sum().backward()
+    assert all(m.weight.grad is not None for m in folded)
+
+
+def test_what_is_registered_in_another_order_than_computed_is_not_folded():
+    from g2d.models.image_encoder import fold_frozen
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(1, 1, 3), torch.nn.BatchNorm2d(1)
+            self.norm.running_mean.fill_(2.)
+        def forward(self, x): return [self.conv(self.norm(x))]
+    odd = Odd().requires_grad_(False)
+    assert fold_frozen(odd, [odd.conv, odd.norm], 1) == 0 and type(odd.conv) is torch.nn.Conv2d and not odd.norm.training
+
+
+@pytest.mark.parametrize('name', ['demo', 'recommended'])
+def test_every_trained_parameter_has_a_gradient(name):
+    "Several processes wait for a gradient of each; a stage behind the pyramid would never have one."
+    p = profile(name, **dict(demo=dict(), recommended=dict(image_encoder='resnet18', text_encoder='tiny', frozen_layers=0, pretrained=False, image_size=64, crop_size=64))[name])
+    net = G2D(p)
+    out = net(torch.rand(4, 1, p.crop_size, p.crop_size), ['no effusion', 'a nodule', 'large heart', 'clear lungs'])
+    (out.mask_logits.square().mean() + (out.image_emb @ out.text_emb.T)[0].sum() + out.image_emb.square()[1].sum()).backward()
+    assert not [k for k, x in net.named_parameters() if x.requires_grad and x.grad is None]

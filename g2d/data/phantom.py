@@ -6,8 +6,8 @@
 __all__ = ['PHANTOM_FINDINGS', 'FIELD_MM', 'VISIBLE', 'Body', 'sample_body', 'Shot', 'sample_shot', 'patient_of', 'Finding',
            'sample_findings', 'finding_prompt', 'Phantom', 'phantom', 'make_phantom_store', 'phantom_questions']
 
-# %% ../../nbs/data/13_phantom.ipynb #fbb05503
-import functools, math
+# %% ../../nbs/data/13_phantom.ipynb #6dd87fc0
+import functools, math, os
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 import numpy as np
@@ -1064,7 +1064,7 @@ def _splits(n, seed, split):
     names = list(split)
     return [names[where[patient_of(i)]] for i in range(n)]
 
-# %% ../../nbs/data/13_phantom.ipynb #623b037b
+# %% ../../nbs/data/13_phantom.ipynb #51f3908e
 _told = ('label', 'side', 'zone', 'size_mm', 'size', 'severity', 'kind', 'ratio', 'change')
 
 def _told_of(f): return {key: getattr(f, key) for key in _told if getattr(f, key) is not None}
@@ -1075,27 +1075,28 @@ def _row(job):
     extra = dict(prompts=p.prompts, findings=[_told_of(f) for f in p.findings], age=p.age, sex=p.sex, portable=p.portable, devices=p.devices)
     return p.image, dict(image_id=p.image_id, patient_id=p.patient_id, study_id=p.study_id, view=p.view, text=p.text, labels=p.labels, boxes=p.boxes, masks=p.masks, extra=extra)
 
+def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else (os.cpu_count() or 1)
+
 def _drawn_rows(jobs, workers):
     "Rows in order, drawn here or by worker processes; the bytes are the same."
     if workers < 1 or len(jobs) < 64: yield from map(_row, jobs); return
     import multiprocessing, sys
     with multiprocessing.get_context('fork' if sys.platform == 'linux' else 'spawn').Pool(workers) as pool: yield from pool.imap(_row, jobs, chunksize=16)
 
-# %% ../../nbs/data/13_phantom.ipynb #0eef4fa1
+# %% ../../nbs/data/13_phantom.ipynb #ed8f2f0d
 def make_phantom_store(path, # folder of the store
                        n: int, # number of images
                        size: int = 256, # side in pixels
                        seed: int = 0, # of the series
-                       workers: int | None = None, # processes that draw; `settings.workers` if None
+                       workers: int | None = None, # processes that draw; if None, one a core: nothing else computes meanwhile
                        split: dict | None = None # shares or counts a split; 80/10/10 if None
                       ): # -> RadiographStore
     "Write a store of `n` phantoms, or open it if it is there. Raises `G2DError` when `path` holds something else."
     from tqdm import tqdm
     from g2d.data.store import RadiographStore, StoreWriter
-    from g2d.settings import settings
     if n < 1: raise G2DError(f'n is {n}; a store needs at least one image.')
     split = split or dict(train=.8, val=.1, test=.1)
-    names, workers = _splits(n, seed, split), settings.workers if workers is None else workers
+    names, workers = _splits(n, seed, split), _cores() if workers is None else workers
     with StoreWriter(path, size=size, source='phantom', licence='Apache-2.0', settings=dict(n=n, seed=seed, split=split, drawing=_version)) as writer:
         todo = [i for i in range(n) if f'phantom-{seed}-{i:06d}' not in writer.done]
         with tqdm(total=n, initial=n - len(todo), desc='phantoms', unit='image', mininterval=.5, disable=len(todo) < 200) as bar:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'intensity_statistics', 'check_images', 'read_weights', 'whole_names', 'fit_weights',
            'is_vit', 'offline_weights', 'build_network', 'pyramid', 'build_vit', 'vit_pyramid', 'frozen_modules',
-           'ImageEncoder']
+           'fold_frozen', 'ImageEncoder']
 
 # %% ../../nbs/models/20_image_encoder.ipynb #4f5b983f
 import difflib
@@ -250,7 +250,63 @@ def frozen_modules(net: nn.Module, # timm features_only network
     inside = [net.get_submodule(k) for k in names[:max(ends) + 1] if k]
     return [m for m in inside if not list(m.children()) or list(m.parameters(recurse=False))]   # BatchNorm of timm has a child, its activation
 
-# %% ../../nbs/models/20_image_encoder.ipynb #10291b4f
+# %% ../../nbs/models/20_image_encoder.ipynb #a3098dc5
+def _apart(conv, norm): # do they have to compute one after the other?
+    return norm.training or conv.weight.requires_grad or (norm.weight is not None and norm.weight.requires_grad) or torch.compiler.is_compiling()
+
+class _FoldedConv:
+    "A frozen convolution that does the work of the BatchNorm behind it, too."
+    def forward(self, x):
+        from timm.layers import Conv2dSame
+        from timm.layers.conv2d_same import conv2d_same
+        if _apart(self, self._pair[0]): return super().forward(x)
+        weight, bias = self._both()
+        if isinstance(self, Conv2dSame): return conv2d_same(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return self._conv_forward(x, weight, bias)
+
+    def _both(self):
+        "Weight and bias of the two, reckoned again when one of the tensors was changed or moved."
+        from torch.nn.utils.fusion import fuse_conv_bn_weights
+        norm, (key, both) = self._pair[0], self.__dict__.get('_known', (None, None))
+        given = (self.weight, self.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        now = tuple(x if x is None else (x.data_ptr(), x._version, x.device) for x in given)
+        if key != now:
+            with torch.inference_mode(False), torch.no_grad(): both = fuse_conv_bn_weights(*given[:4], norm.eps, *given[4:])
+            self.__dict__['_known'] = (now, [x.detach() for x in both])
+        return self.__dict__['_known'][1]
+
+class _FoldedNorm:
+    "What a frozen BatchNorm still does when its convolution does the rest: timm's applies its activation."
+    def forward(self, x):
+        if _apart(self._pair[0], self): return super().forward(x)
+        for name in ('drop', 'act'): x = getattr(self, name)(x) if hasattr(self, name) else x
+        return x
+
+def fold_frozen(net: nn.Module, # timm features_only network
+                still: list[nn.Module], # its frozen modules
+                in_chans: int) -> int: # pairs that now compute at once
+    "Let frozen convolutions do the work of the BatchNorm behind them, if that gives the same maps."
+    inside, pairs = {id(m) for m in still}, []
+    for parent in net.modules():
+        for conv, norm in zip(children := list(parent.children()), children[1:]):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and {id(conv), id(norm)} <= inside and norm.running_mean is not None and conv.out_channels == norm.num_features: pairs.append((conv, norm))
+    if not pairs: return 0
+    kinds, mode, x = [(type(a), type(b)) for a, b in pairs], net.training, torch.linspace(0, 1, 64*64*in_chans).view(1, in_chans, 64, 64)
+    net.eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]): # registered one behind the other is not always computed so: maps decide
+        plain = net(x)
+        for a, b in pairs: a._pair, b._pair = [b], [a]; a.__class__, b.__class__ = _folded(type(a), _FoldedConv), _folded(type(b), _FoldedNorm)
+        same = all(torch.allclose(f, g, rtol=1e-3, atol=1e-3*float(f.abs().max() + 1e-6)) for f, g in zip(plain, net(x)))
+    net.train(mode)
+    for module in still: module.eval()
+    if not same:
+        for (a, b), (one, two) in zip(pairs, kinds): a.__class__, b.__class__ = one, two
+    return len(pairs) if same else 0
+
+@lru_cache(maxsize=None)
+def _folded(kind, how): return type(f'Folded{kind.__name__}', (how, kind), {})
+
+# %% ../../nbs/models/20_image_encoder.ipynb #ff99f57e
 class ImageEncoder(nn.Module):
     "A timm network as a pyramid of features; `weights` says where its weights come from."
     def __init__(self,
@@ -278,6 +334,7 @@ class ImageEncoder(nn.Module):
         for key, value in zip(('mean', 'std'), intensity_statistics(normalise, in_chans)): self.register_buffer(key, value, persistent=False)
         self._still = frozen_modules(self.net, frozen_stages, depth, 0 if self.vit else self._add - self._drop, name)
         for module in self._still: module.eval().requires_grad_(False)
+        if self._still: fold_frozen(self.net, self._still, in_chans)
         if channels_last: self.net.to(memory_format=torch.channels_last)
 
     def extra_repr(self): return f'{self.name}, weights={self.weights!r}, strides={self.reductions}, channels={self.channels}'

@@ -323,14 +323,15 @@ def _encode(self: TextEncoder, texts, batch_size, progress=False):
             bar.update(len(part))
     return features
 
-# %% ../../nbs/models/21_text_encoder.ipynb #9d2236a7
+# %% ../../nbs/models/21_text_encoder.ipynb #8070bc96
 @patch
 def warm_cache(self: TextEncoder, texts: list[str], # all texts of a data set, repetitions allowed
-               batch_size: int = 64, # texts encoded together
+               batch_size: int | None = None, # texts encoded together; None: 8 on a CPU, which stay in its caches (a third faster than 64), and 64 on a GPU
                progress: bool = True, # text bar on stderr
                folder: str | Path | None = None # keep the features in a file here, for the next run with the same texts and weights
               ) -> None:
     "Refill the cache with the distinct `texts`, at most `cache_size` of them. Raises `G2DError` if anything is trainable."
+    batch_size = batch_size or (8 if self.device.type == 'cpu' else 64)
     distinct = sorted(set(check_texts(texts)))[:self.cache_size]
     path = None if folder is None else Path(folder)/f'{self._features_key(distinct, batch_size)}.safetensors'
     if path is not None and path.is_file():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dice_scores', 'hausdorff', 'image_scores', 'summarise', 'filled_boxes', 'target_mask', 'target_status',
            'focal_log_dice', 'task_loss', 'SegmentationNet', 'PixelCounts', 'segmentation_views', 'predict',
-           'pick_cases', 'finetune', 'evaluate', 'case_figure', 'curve_figure']
+           'pick_cases', 'finetune', 'train_in_processes', 'evaluate', 'case_figure', 'curve_figure']
 
 # %% ../../nbs/tasks/51_segmentation.ipynb #2be145cc
 from pathlib import Path
@@ -302,7 +302,7 @@ def _examples(net, view, table, crop, truth, device):
             found += [dict(kind=kind, image=i, scores=s, truth=t, dice=float(d), image_id=str(n)) for i, s, t, d, n in zip(images, scores, masks, table['dice'].iloc[places], table['image_id'].iloc[places])]
     return found
 
-# %% ../../nbs/tasks/51_segmentation.ipynb #4b7b2e6d
+# %% ../../nbs/tasks/51_segmentation.ipynb #49d9b7f3
 def finetune(store, # RadiographStore with masks (or boxes) and splits
              start: str | Path | Checkpoint | Start = 'random', # random, imagenet, a G2D checkpoint, or a weights file of timm
              protocol: str | Protocol = 'fixed', fraction: float = 1., # share of the training films
@@ -316,17 +316,23 @@ def finetune(store, # RadiographStore with masks (or boxes) and splits
             ) -> TaskResult:
     "Train a U-Net on a share of the masks and test it. Raises `G2DError` for a store without masks, or a start that does not fit."
     p, start = _protocol(protocol, store, fraction), find_start(start, profile, parts)
-    train, val, test, about = segmentation_views(store, p, fraction, seed, draw, start, target, boxes)
-    torch.manual_seed(seed)
-    net = SegmentationNet(start, p.freeze).to(device)
-    weights, before = net.image_encoder.weights, state_print(net.image_encoder)
-    net.key = state_print(net) + train.hash + str(target) + str(boxes) + str(limit)
-    fitted = fit(net, len(train), _loss_of(net, train, p, target, boxes, seed, device), _validation(net, val, p, target, boxes, limit, device), p, seed, out, max_steps, progress)
+    net, fitted, (val, test), about = _trained(store, start, p, fraction, seed, target, boxes, draw, max_steps, limit, out, device, progress)
     result = _test(net, val, test, p, target, boxes, limit, device, progress)
-    result.about = about | result.about | dict(start=start.name, weights=weights, parts=list(start.parts) if start.checkpoint else [], protocol=p.to_dict(), seed=seed, max_steps=max_steps, steps=fitted.steps,
+    before = about.pop('encoder')
+    result.about = about | result.about | dict(start=start.name, parts=list(start.parts) if start.checkpoint else [], protocol=p.to_dict(), seed=seed, max_steps=max_steps, steps=fitted.steps,
         best_epoch=fitted.best_epoch, log=fitted.log, seconds=fitted.seconds, encoder_unchanged=before == state_print(net.image_encoder))
     if out: result.save(out)
     return result
+
+def _trained(store, start, p, fraction, seed, target, boxes, draw, max_steps, limit, out, device, progress):
+    "The net after its training, what the training came to, films for validation and test, and where they come from."
+    train, val, test, about = segmentation_views(store, p, fraction, seed, draw, start, target, boxes)
+    torch.manual_seed(seed)
+    net = SegmentationNet(start, p.freeze).to(device)
+    about |= dict(weights=net.image_encoder.weights, encoder=state_print(net.image_encoder))
+    net.key = state_print(net) + train.hash + str(target) + str(boxes) + str(limit)
+    fitted = fit(net, len(train), _loss_of(net, train, p, target, boxes, seed, device), _validation(net, val, p, target, boxes, limit, device), p, seed, out, max_steps, progress)
+    return net, fitted, (val, test), about
 
 # %% ../../nbs/tasks/51_segmentation.ipynb #130bc694
 def _loss_of(net, train, p, target, boxes, seed, device):
@@ -348,6 +354,30 @@ def _validation(net, val, p, target, boxes, limit, device):
             losses.append(float(task_loss(p.loss, logits, masks.float()))*len(batch)); counts.add(logits.sigmoid().float().cpu().numpy(), masks.cpu().numpy())
         return dict(val_loss=sum(losses)/len(rows), val_dice=counts.curve()['dice'][10])
     return validate
+
+# %% ../../nbs/tasks/51_segmentation.ipynb #60d58bed
+def train_in_processes(store, # RadiographStore, the whole of its folder
+                       runs: list, # (start, seed, folder) of each training; a start that comes from a checkpoint needs its path
+                       processes: int, # at the same time
+                       protocol: str | Protocol = 'fixed', fraction: float = 1., target: str | list = 'findings', boxes: bool = False,
+                       draw: str = 'stored', max_steps: int | None = None, limit: int | None = None) -> None:
+    "Train on the CPU, in several processes that share its cores, what `finetune` will find in the folders. Raises `G2DError` for what one of them raised."
+    from g2d.threads import in_processes
+    p = _protocol(protocol, store, fraction)
+    if len(store) != len(type(store).open(store.path)): raise G2DError(f'Several processes read the store from its folder, {store.path}; this is a part of it.')
+    if lost := [start.name for start, _, _ in runs if start.checkpoint is not None and start.checkpoint.path is None]: raise G2DError(f'The checkpoint of the start "{lost[0]}" is in no file; save it, so that another process can read it.')
+    common = dict(store=str(store.path), protocol=[p.task, p.name, p.dataset, p.fraction, p.values, p.sources], fraction=fraction, target=target, boxes=boxes, draw=draw, max_steps=max_steps, limit=limit)
+    jobs = [[[start.name, start.profile.to_dict(), start.checkpoint and str(start.checkpoint.path), list(start.parts)], seed, str(out)] for start, seed, out in runs]
+    in_processes('g2d.tasks.segmentation:_train_here', [common | dict(runs=part) for k in range(processes) if (part := jobs[k::processes])], processes)
+
+def _train_here(store, protocol, fraction, target, boxes, draw, max_steps, limit, runs):
+    "The share of these trainings that falls to this process."
+    from g2d.data.store import RadiographStore
+    from g2d.profiles import Profile
+    data, p = RadiographStore.open(store), Protocol(*protocol)
+    for (name, values, checkpoint, parts), seed, out in runs:
+        start = Start(name, Profile.from_dict(values), checkpoint and Checkpoint.load(checkpoint), tuple(parts))
+        _trained(data, start, p, fraction, seed, target, boxes, draw, max_steps, limit, out, 'cpu', False)
 
 # %% ../../nbs/tasks/51_segmentation.ipynb #5d8d06b0
 def evaluate(store, model: SegmentationNet | Checkpoint | str | Path, # a net of `finetune`, or a G2D checkpoint whose decoder is asked as it is
