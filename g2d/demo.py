@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['demo_runs', 'write_page', 'demo']
 
-# %% ../nbs/81_demo.ipynb #feefec70
-import base64, html, json, sys, time
+# %% ../nbs/81_demo.ipynb #635877c8
+import base64, html, json, os, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from .settings import G2DError
 from .files import atomic_path, read_json
 
-# %% ../nbs/81_demo.ipynb #8f58b638
+# %% ../nbs/81_demo.ipynb #af5d5a32
 def demo_runs(images: int = 2000, # phantoms for training
               real: bool = True,  # also the real pairs, if settings.data_root is set
               quick: bool = False # a few seconds only: for tests
@@ -33,11 +33,13 @@ def demo_runs(images: int = 2000, # phantoms for training
                  ('Pseudo-masks of real films', 'pseudo_mask_gallery', lambda done: dict(store='real', split='', checkpoint=checkpoint('Pre-training on real films')(done), films=12))]
     return runs
 
+def _cores(): # of this process, without waiting for torch to say it
+    return int(os.environ.get('OMP_NUM_THREADS', '').split(',')[0] or (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1))
+
 def _processes():
     "Two on a CPU that has two cores: one process keeps one core busy, and the second one only in part."
-    import torch
     from g2d.settings import settings
-    return 2 if settings.device == 'cpu' and torch.get_num_threads() >= 2 else 1
+    return 2 if settings.device == 'cpu' and _cores() >= 2 else 1
 
 def _store(done): return read_json(done['Pre-training on phantoms']/'metrics.json')['store']
 
@@ -81,13 +83,14 @@ def _number(text):
     try: return float(text)
     except ValueError: return text
 
-# %% ../nbs/81_demo.ipynb #3fbaf649
+# %% ../nbs/81_demo.ipynb #043960ea
 def write_page(done: dict, # title -> folder of the run
                path: Path, notes: list = ()) -> Path:
     "Write the page of the demo; returns its path."
-    import platform, torch
+    import platform
+    from importlib.metadata import version
     from g2d import __version__
-    about = f'g2d {__version__}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads'
+    about = f'g2d {__version__}, torch {version("torch")}, {platform.machine()}, {_cores()} threads'
     first = next(iter(done.values()))/'figures'/'overview.png'
     parts = ['<!doctype html><html lang="en"><meta charset="utf-8"><title>g2d demo</title>', f'<style>{_STYLE}</style><h1>g2d: what one demo run learned</h1>', f'<p class="note">{html.escape(about)}</p>',
              '<p>Pre-training saw films and reports, and no annotation. Green contours are the truth, used in the figures and nowhere else; orange contours are the pseudo-masks made from attention.</p>']

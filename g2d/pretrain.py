@@ -384,8 +384,16 @@ def run(self: Pretrainer, resume=True) -> Checkpoint:
     self.accelerator.wait_for_everyone()
     return self.checkpoint if main else Checkpoint.load(path)
 
-# %% ../nbs/41_pretrain.ipynb #985ffa7e
-def _one_of_several(profile: dict, **given): pretrain(profile=Profile.from_dict(profile), **given)
+# %% ../nbs/41_pretrain.ipynb #40afadaa
+def _one_of_several(profile: dict, **given):
+    "The part of one process; afterwards it can train alone again."
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(True)
+    try: pretrain(profile=Profile.from_dict(profile), **given)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(True)
+
 
 def _in_processes(store, profile: Profile, out: Path, processes: int, options: dict) -> Checkpoint:
     "Train in several processes of this machine. Raises `G2DError` for a batch that they cannot share, and for what one of them raised."
@@ -399,7 +407,7 @@ def _in_processes(store, profile: Profile, out: Path, processes: int, options: d
         if sys.platform.startswith('linux'): here['GLOO_SOCKET_IFNAME'] = os.environ.get('GLOO_SOCKET_IFNAME', 'lo')
         return here
     share = profile.replace(batch_size=profile.batch_size//processes).to_dict()
-    in_processes('g2d.pretrain:_one_of_several', [dict(store=str(store.path), profile=share, out=str(out), **options)]*processes, processes, environment)
+    in_processes('g2d.pretrain:_one_of_several', [dict(store=str(store.path), profile=share, out=str(out), **options)]*processes, processes, environment, here=True)
     return Checkpoint.load(out)
 
 # %% ../nbs/41_pretrain.ipynb #15ccf942

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['G2DError', 'Settings', 'find_settings', 'load_settings']
 
-# %% ../nbs/00_settings.ipynb #f853a232
-import os, configparser
+# %% ../nbs/00_settings.ipynb #61cf2197
+import os, sys, configparser
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -27,8 +27,10 @@ class Settings:
     workers: int             # data loading processes beside the main one
     came_from: dict          # name -> environment, file or default
 
-# %% ../nbs/00_settings.ipynb #799ab457
+# %% ../nbs/00_settings.ipynb #015da96d
 def _auto_device():
+    "torch takes two seconds to say it; a Linux without a device file of any accelerator (NVIDIA, also under WSL, or AMD) has none."
+    if sys.platform.startswith('linux') and not any(any(Path('/dev').glob(name)) for name in ('nv*', 'dxg', 'kfd')): return 'cpu'
     import torch
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 

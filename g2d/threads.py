@@ -75,26 +75,56 @@ def _start(function: str, arguments: dict, words: Path, environment: dict, share
     child.stdin.write(json.dumps(dict(parent=os.getpid(), function=function, arguments=arguments, words=str(words)))); child.stdin.close()
     return child
 
-# %% ../nbs/03_threads.ipynb #db9dac3b
+# %% ../nbs/03_threads.ipynb #72f03ef6
 def in_processes(function: str, # "module:name"
                  jobs: list, # dicts of plain values (JSON), the arguments of each call
                  at_once: int, # processes that run at the same time and share the cores
-                 environment=lambda k: {} # number of the job -> more environment variables
+                 environment=lambda k: {}, # number of the job -> more environment variables
+                 here: bool = False # the first job in this process, which has imported everything; then all run at the same time
                 ) -> None:
     "Call the function for each job, each in a process of its own. Raises `G2DError` with what the first one that failed had to say."
     if at_once < 1: raise G2DError(f'{at_once} processes at once; expected at least 1.')
-    started, waiting = [], list(enumerate(jobs))
+    if here and at_once < len(jobs): raise G2DError(f'{len(jobs)} jobs do not run at the same time in {at_once} processes.')
+    started, waiting, fault = [], list(enumerate(jobs))[here:], None
     with tempfile.TemporaryDirectory() as words:
         try:
-            while waiting or any(child.poll() is None for child in started):
+            while here or waiting or any(child.poll() is None for child in started):
                 if any(child.poll() for child in started): break
-                while waiting and sum(child.poll() is None for child in started) < at_once:
+                while waiting and sum(child.poll() is None for child in started) < at_once - here:
                     k, arguments = waiting.pop(0)
                     started.append(_start(function, arguments, Path(words)/f'{k:06}', environment(k), at_once))
+                if here:
+                    here = False
+                    try: _here(function, jobs[0], environment(0), at_once)
+                    except Exception as error: fault = error; break
                 time.sleep(.05)
+            if fault: _wait_for_one(started)
         finally:
+            codes = [child.poll() for child in started if child.poll()]
             for child in started:
                 if child.poll() is None: child.kill()
-            codes = [child.wait() for child in started]
+                child.wait()
         said = [path.read_text(encoding='utf-8') for path in sorted(Path(words).iterdir())]
-    if any(codes): raise G2DError(said[0] if said else f'A process of {function} ended with code {next(c for c in codes if c)}; its last words are above.')
+    if isinstance(fault, G2DError) or (fault and not codes): raise fault
+    if codes: raise G2DError(said[0] if said else f'A process of {function} ended with code {codes[0]}; its last words are above.') from None
+
+def _here(function, arguments, environment, share):
+    "Call the function in this process as in a child: with more environment variables, and its share of the cores."
+    module, _, name = function.partition(':')
+    threads = torch.get_num_threads()
+    environment = environment | dict(OMP_NUM_THREADS=max(1, threads//share))     # libraries ask for it, and set threads themselves where it is missing
+    before = {k: os.environ.get(k) for k in environment}
+    os.environ.update({k: str(v) for k, v in environment.items()})
+    torch.set_num_threads(max(1, threads//share))
+    try: getattr(importlib.import_module(module), name)(**arguments)
+    finally:
+        torch.set_num_threads(threads)
+        for k, value in before.items():
+            if value is None: os.environ.pop(k, None)
+            else: os.environ[k] = value
+
+def _wait_for_one(children):
+    "Where this process failed because another one did, that one ends in the same moment: leave it the time for its words."
+    for _ in range(40):
+        if any(child.poll() for child in children): return
+        time.sleep(.05)

@@ -266,3 +266,51 @@ def test_processes_end_with_their_parent(store, tmp_path):
     steps = Checkpoint.load(tmp_path/'run').about['step']
     c = pretrain(store, profile('demo', **TINY | dict(epochs=40)), tmp_path/'run', device='cpu', progress=False, processes=2, max_steps=steps + 2, val_images=8)
     assert c.about['step'] == steps + 2
+
+
+def test_processes_train_the_decoder_after_epochs_without_it(store, tmp_path):
+    "Some steps leave the decoder out; with frozen stages, chunks of the gradient cache and without. Afterwards this process can train alone again."
+    from g2d.models.g2d import G2D
+    p = profile('demo', **TINY | dict(epochs=1, global_only_steps=2, frozen_stages=1))
+    import cv2     # writes LD_LIBRARY_PATH when it is imported
+    threads, before = torch.get_num_threads(), dict(os.environ)
+    ends = [pretrain(store, q, tmp_path/str(k), device='cpu', progress=False, max_steps=4, processes=2) for k, q in enumerate((p, p.replace(grad_cache_chunk=2)))]
+    assert torch.get_num_threads() == threads and dict(os.environ) == before and not torch.distributed.is_initialized()
+    for k, end in enumerate(ends):
+        log = pd.read_csv(tmp_path/str(k)/'log.csv')
+        assert end.about['step'] == 4 and log['dense'].isna().tolist() == [True, True, False, False] and np.isfinite(log['loss']).all()
+    alone = pretrain(store, p, tmp_path/'alone', device='cpu', progress=False, max_steps=3)
+    assert alone.about['processes'] == 1
+    torch.manual_seed(p.seed)
+    start = {f'decoder.{k}': v for k, v in G2D(p.replace(batch_size=4)).decoder.named_parameters()}
+    assert any(not torch.equal(v.detach(), ends[0].weights[k]) for k, v in start.items())
+
+
+def test_calls_in_processes_end_in_one_sentence(tmp_path, monkeypatch):
+    from g2d.threads import in_processes
+    (tmp_path/'odd_calls.py').write_text('''
+import os, pathlib, signal, time
+from g2d.settings import G2DError
+def call(path, how):
+    pathlib.Path(path).write_text(f'{os.getpid()} {os.environ.get("WHO")}')
+    if how == 'mistake': raise G2DError(f'No such thing as {path[-1]}.')
+    if how == 'kill': os.kill(os.getpid(), signal.SIGKILL)
+    if how == 'crash': raise RuntimeError('closed by peer')
+    if how == 'wait': time.sleep(60)
+''')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv('WHO', raising=False)
+    def run(*hows, **more):
+        for old in tmp_path.glob('out*'): old.unlink()
+        in_processes('odd_calls:call', [dict(path=str(tmp_path/f'out{k}'), how=how) for k, how in enumerate(hows)], len(hows), environment=lambda k: dict(WHO=k), **more)
+        return [(tmp_path/f'out{k}').read_text().split() for k in range(len(hows))]
+    apart, here = run('', ''), run('', '', here=True)
+    assert [who for _, who in apart + here] == ['0', '1']*2 and here[0][0] == str(os.getpid()) and len({pid for pid, _ in apart + here}) == 4 and 'WHO' not in os.environ
+    for hows, more, said in ((('', 'mistake'), {}, 'No such thing as 1'), (('', 'mistake'), dict(here=True), 'No such thing as 1'), (('mistake', 'wait'), dict(here=True), 'No such thing as 0'),
+                             (('', 'kill'), dict(here=True), 'ended with code -9'), (('wait', 'mistake'), {}, 'No such thing as 1')):
+        started = time.time()
+        with pytest.raises(G2DError, match=said): run(*hows, **more)
+        assert time.time() - started < 40, 'the others were not ended'
+    with pytest.raises(RuntimeError, match='closed by peer'): run('crash', 'wait', here=True)
+    with pytest.raises(G2DError, match='No such thing as 1'): run('crash', 'mistake', here=True)     # the one failed because the other did
+    with pytest.raises(G2DError, match='2 jobs do not run'): in_processes('odd_calls:call', [{}, {}], 1, here=True)

@@ -355,7 +355,7 @@ def _validation(net, val, p, target, boxes, limit, device):
         return dict(val_loss=sum(losses)/len(rows), val_dice=counts.curve()['dice'][10])
     return validate
 
-# %% ../../nbs/tasks/51_segmentation.ipynb #60d58bed
+# %% ../../nbs/tasks/51_segmentation.ipynb #e88b53ae
 def train_in_processes(store, # RadiographStore, the whole of its folder
                        runs: list, # (start, seed, folder) of each training; a start that comes from a checkpoint needs its path
                        processes: int, # at the same time
@@ -368,7 +368,7 @@ def train_in_processes(store, # RadiographStore, the whole of its folder
     if lost := [start.name for start, _, _ in runs if start.checkpoint is not None and start.checkpoint.path is None]: raise G2DError(f'The checkpoint of the start "{lost[0]}" is in no file; save it, so that another process can read it.')
     common = dict(store=str(store.path), protocol=[p.task, p.name, p.dataset, p.fraction, p.values, p.sources], fraction=fraction, target=target, boxes=boxes, draw=draw, max_steps=max_steps, limit=limit)
     jobs = [[[start.name, start.profile.to_dict(), start.checkpoint and str(start.checkpoint.path), list(start.parts)], seed, str(out)] for start, seed, out in runs]
-    in_processes('g2d.tasks.segmentation:_train_here', [common | dict(runs=part) for k in range(processes) if (part := jobs[k::processes])], processes)
+    in_processes('g2d.tasks.segmentation:_train_here', [common | dict(runs=part) for k in range(processes) if (part := jobs[k::processes])], processes, here=True)
 
 def _train_here(store, protocol, fraction, target, boxes, draw, max_steps, limit, runs):
     "The share of these trainings that falls to this process."
