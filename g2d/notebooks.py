@@ -205,7 +205,7 @@ def _engine():
     papermill_engines.register('g2d', Engine)
     return Engine
 
-# %% ../nbs/59_notebooks.ipynb #6bf6f4b1
+# %% ../nbs/59_notebooks.ipynb #a98159cf
 def _execute(notebook, parameters, folder, progress, parts):
     "Run one notebook through papermill and record how it ended."
     import logging, papermill
@@ -222,7 +222,7 @@ def _execute(notebook, parameters, folder, progress, parts):
     values = parameters | (dict(folder=str(folder.resolve())) if 'folder' in parameters_of(notebook) else {})
     try:
         with open(folder/'log.txt', 'w', encoding='utf-8') as log:
-            papermill.execute_notebook(str(notebook), str(folder/'run.ipynb'), values, engine_name='g2d', g2d_folder=folder, kernel_name='python3', progress_bar=False, log_output=False, config=_kernel_config(),
+            papermill.execute_notebook(str(notebook), str(folder/'run.ipynb'), values, engine_name='g2d', g2d_folder=folder, kernel_name='python3', shutdown_kernel='immediate', progress_bar=False, log_output=False, config=_kernel_config(),
                                        stdout_file=_Tee(log, sys.stdout if progress else None), stderr_file=_Tee(log, sys.stderr if progress else None), cwd=str(notebook.parent))
     except PapermillExecutionError as error: _failed(folder, f'{error.ename}: {error.evalue}', started, error.exec_count, error.source, error.traceback)
     except Exception as error: # the kernel died, the disk is full, the notebook is broken

@@ -6,8 +6,9 @@
 __all__ = ['learning_rate', 'CsvLog', 'Pretrainer', 'parameter_groups', 'seed_everything', 'mask_teacher', 'averaged_tensors',
            'pretrain']
 
-# %% ../nbs/41_pretrain.ipynb #5ade30fa
+# %% ../nbs/41_pretrain.ipynb #e240009c
 import csv, math, os, socket, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -125,7 +126,7 @@ def _training_index(self: Pretrainer):
     index = self.pairs.index[self.pairs.index['text'].notna()]
     return index if self.profile.train_split == 'all' else index[(index['split'] == self.profile.train_split).fillna(False)]
 
-# %% ../nbs/41_pretrain.ipynb #3368f427
+# %% ../nbs/41_pretrain.ipynb #0711ce67
 @contextmanager
 def _all_cores():
     "The cores of all processes of this machine for one of them, while the others wait."
@@ -153,10 +154,13 @@ def _warm_text_cache(self: Pretrainer):
     self.net.to(self.device)
     texts = self._texts()
     if self.profile.mask_source == 'sentences': texts += [s for of in mask_texts(texts) for s in of]
-    texts = sorted(set(texts))
     from g2d.settings import settings
-    with self.accelerator.main_process_first(), _all_cores():     # the others read its file
-        self.net.text_encoder.warm_cache(texts, folder=Path(settings.output_root)/'text_features')
+    folder, n = Path(settings.output_root)/'text_features', self.accelerator.num_processes
+    in_order = sorted(set(texts), key=lambda text: (len(text), text))
+    parts = [in_order[rank::n] or in_order for rank in range(n)]    # each process computes its share, and reads those of the others
+    self.net.text_encoder.warm_cache(parts[self.accelerator.process_index], folder=folder, progress=self.progress and self.accelerator.is_main_process)
+    self.accelerator.wait_for_everyone()
+    for k, part in enumerate(parts if n > 1 else []): self.net.text_encoder.warm_cache(part, folder=folder, progress=False, add=k > 0)
 
 # %% ../nbs/41_pretrain.ipynb #7efdeb91
 def mask_teacher(net) -> torch.nn.Module:
@@ -302,7 +306,7 @@ def _after_step(self: Pretrainer, row, batch, bar, started):
     bar.set_postfix({k: f'{row[k]:.3f}' for k in ('loss', 'global', 'dense', 'local', 'pixel', 'word') if k in row} | {'images/s': f'{row["images_per_s"]:.0f}'}, refresh=False)
     if now - self.saved_at > self.checkpoint_seconds: self.save(self.loader.state_dict())
 
-# %% ../nbs/41_pretrain.ipynb #8f983c01
+# %% ../nbs/41_pretrain.ipynb #39838592
 @patch
 def validate(self: Pretrainer):
     "Validation figures and sample masks of this epoch, on the main process."
@@ -313,9 +317,15 @@ def validate(self: Pretrainer):
     view = self.store.select(split=self.val_split)
     with _all_cores(): collected = collect_pass(self.net, view, self.device, min(self.profile.batch_size, 64), limit=self.val_images, progress=self.progress)
     self.validation.add(epoch=self.done_epochs, step=self.done_steps, **summarise(collected))
+    if self.drawing: self.drawing.result()
+    self.drawing = self.painter.submit(self._draw, collected, view, list(self.log.rows), list(self.validation.rows), self.done_epochs)
+
+@patch
+def _draw(self: Pretrainer, collected, view, log, validation, epoch):
+    "The pictures of an epoch, while the next one goes on."
     from g2d.views import sample_masks, loss_curves
-    sample_masks(collected, view, self.profile, self.out/'masks'/f'epoch_{self.done_epochs:03d}.png')
-    loss_curves(self.log.rows, self.validation.rows, self.out/'losses.png')
+    sample_masks(collected, view, self.profile, self.out/'masks'/f'epoch_{epoch:03d}.png')
+    loss_curves(log, validation, self.out/'losses.png')
 
 # %% ../nbs/41_pretrain.ipynb #18b553fb
 @patch
@@ -360,7 +370,7 @@ def resume(self: Pretrainer, path: Path):
     self.loader.set_epoch(self.done_epochs)
     if c.about['position']: self.loader.load_state_dict(c.about['position'])
 
-# %% ../nbs/41_pretrain.ipynb #5bd59b8f
+# %% ../nbs/41_pretrain.ipynb #552b6aac
 @patch
 def run(self: Pretrainer, resume=True) -> Checkpoint:
     "Train to the end (or continue), and return the final checkpoint."
@@ -371,16 +381,18 @@ def run(self: Pretrainer, resume=True) -> Checkpoint:
     if main: write_json(self.out/'profile.json', self.profile.to_dict())
     self.log = CsvLog(self.out/'log.csv', 'step', None if fresh else self.done_steps) if main else None
     self.validation = CsvLog(self.out/'validation.csv', 'epoch', None if fresh else self.done_epochs) if main else None
-    self.saved_at = time.time()
-    if fresh:
-        self.validate()
-        self.save()
-    while self.done_epochs < self.profile.epochs and self.done_steps < self.total_steps:
-        self.epoch()
-        self.done_epochs += 1
-        self.loader.set_epoch(self.done_epochs)
-        self.validate()
-        self.save()
+    self.saved_at, self.drawing = time.time(), None
+    with ThreadPoolExecutor(1) as self.painter:     # leaving it waits for the last pictures
+        if fresh:
+            self.validate()
+            self.save()
+        while self.done_epochs < self.profile.epochs and self.done_steps < self.total_steps:
+            self.epoch()
+            self.done_epochs += 1
+            self.loader.set_epoch(self.done_epochs)
+            self.validate()
+            self.save()
+        if self.drawing: self.drawing.result()
     self.accelerator.wait_for_everyone()
     return self.checkpoint if main else Checkpoint.load(path)
 

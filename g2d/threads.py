@@ -47,7 +47,7 @@ def keep_freed_memory() -> bool: # whether it is kept
     except (OSError, AttributeError): return False      # no glibc
     return bool(mallopt(_MMAP_THRESHOLD, 2**30) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
 
-# %% ../nbs/03_threads.ipynb #206ed6e0
+# %% ../nbs/03_threads.ipynb #9c9c6a8e
 def _end_with(parent: int):
     "End this process when its parent is gone."
     def watch():
@@ -58,8 +58,7 @@ def _end_with(parent: int):
 def _child(given: dict):
     "Call a function in this process; a mistake of the user goes to a file, for the parent to tell."
     _end_with(given['parent'])
-    module, _, name = given['function'].partition(':')
-    try: getattr(importlib.import_module(module), name)(**given['arguments'])
+    try: _call(given['function'], given['arguments'])
     except G2DError as error:
         Path(given['words']).write_text(str(error), encoding='utf-8')
         os._exit(2)     # without a word to other processes, which may wait for this one
@@ -75,28 +74,28 @@ def _start(function: str, arguments: dict, words: Path, environment: dict, share
     child.stdin.write(json.dumps(dict(parent=os.getpid(), function=function, arguments=arguments, words=str(words)))); child.stdin.close()
     return child
 
-# %% ../nbs/03_threads.ipynb #72f03ef6
+# %% ../nbs/03_threads.ipynb #80a3bcc8
 def in_processes(function: str, # "module:name"
                  jobs: list, # dicts of plain values (JSON), the arguments of each call
                  at_once: int, # processes that run at the same time and share the cores
                  environment=lambda k: {}, # number of the job -> more environment variables
-                 here: bool = False # the first job in this process, which has imported everything; then all run at the same time
+                 here=False # True: the first job in this process, which has imported everything, and all run at the same time; a function: this instead of it
                 ) -> None:
     "Call the function for each job, each in a process of its own. Raises `G2DError` with what the first one that failed had to say."
     if at_once < 1: raise G2DError(f'{at_once} processes at once; expected at least 1.')
     if here and at_once < len(jobs): raise G2DError(f'{len(jobs)} jobs do not run at the same time in {at_once} processes.')
-    started, waiting, fault = [], list(enumerate(jobs))[here:], None
+    started, waiting, fault = [], list(enumerate(jobs))[bool(here):], None
     with tempfile.TemporaryDirectory() as words:
         try:
             while here or waiting or any(child.poll() is None for child in started):
                 if any(child.poll() for child in started): break
-                while waiting and sum(child.poll() is None for child in started) < at_once - here:
+                while waiting and sum(child.poll() is None for child in started) < at_once - bool(here):
                     k, arguments = waiting.pop(0)
                     started.append(_start(function, arguments, Path(words)/f'{k:06}', environment(k), at_once))
                 if here:
-                    here = False
-                    try: _here(function, jobs[0], environment(0), at_once)
+                    try: _here(here if callable(here) else lambda: _call(function, jobs[0]), environment(0), at_once)
                     except Exception as error: fault = error; break
+                    here = False
                 time.sleep(.05)
             if fault: _wait_for_one(started)
         finally:
@@ -108,15 +107,18 @@ def in_processes(function: str, # "module:name"
     if isinstance(fault, G2DError) or (fault and not codes): raise fault
     if codes: raise G2DError(said[0] if said else f'A process of {function} ended with code {codes[0]}; its last words are above.') from None
 
-def _here(function, arguments, environment, share):
-    "Call the function in this process as in a child: with more environment variables, and its share of the cores."
+def _call(function, arguments):
     module, _, name = function.partition(':')
+    return getattr(importlib.import_module(module), name)(**arguments)
+
+def _here(work, environment, share):
+    "Work in this process as in a child: with more environment variables, and its share of the cores."
     threads = torch.get_num_threads()
     environment = environment | dict(OMP_NUM_THREADS=max(1, threads//share))     # libraries ask for it, and set threads themselves where it is missing
     before = {k: os.environ.get(k) for k in environment}
     os.environ.update({k: str(v) for k, v in environment.items()})
     torch.set_num_threads(max(1, threads//share))
-    try: getattr(importlib.import_module(module), name)(**arguments)
+    try: work()
     finally:
         torch.set_num_threads(threads)
         for k, value in before.items():

@@ -323,14 +323,16 @@ def _encode(self: TextEncoder, texts, batch_size, progress=False):
             bar.update(len(part))
     return features
 
-# %% ../../nbs/models/21_text_encoder.ipynb #8070bc96
+# %% ../../nbs/models/21_text_encoder.ipynb #ec1a8c01
 @patch
 def warm_cache(self: TextEncoder, texts: list[str], # all texts of a data set, repetitions allowed
                batch_size: int | None = None, # texts encoded together; None: 8 on a CPU, which stay in its caches (a third faster than 64), and 64 on a GPU
                progress: bool = True, # text bar on stderr
-               folder: str | Path | None = None # keep the features in a file here, for the next run with the same texts and weights
+               folder: str | Path | None = None, # keep the features in a file here, for the next run with the same texts and weights
+               add: bool = False # to what the cache holds
               ) -> None:
     "Refill the cache with the distinct `texts`, at most `cache_size` of them. Raises `G2DError` if anything is trainable."
+    self._cache = self._cache if add else OrderedDict()
     batch_size = batch_size or (8 if self.device.type == 'cpu' else 64)
     distinct = sorted(set(check_texts(texts)))[:self.cache_size]
     path = None if folder is None else Path(folder)/f'{self._features_key(distinct, batch_size)}.safetensors'
@@ -338,8 +340,8 @@ def warm_cache(self: TextEncoder, texts: list[str], # all texts of a data set, r
         from safetensors.torch import load_file
         try: features = load_file(path)['features']
         except Exception: features = None # cut short: written again below
-        if features is not None and len(features) == len(distinct): self._cache = OrderedDict(zip(distinct, features)); return
-    self._cache = OrderedDict(self._encode(distinct, batch_size, progress and len(distinct) > 200))
+        if features is not None and len(features) == len(distinct): self._cache |= OrderedDict(zip(distinct, features)); return
+    self._cache |= OrderedDict(self._encode(distinct, batch_size, progress and len(distinct) > 200))
     if path is None or not distinct: return
     from safetensors.torch import save_file
     from g2d.files import atomic_path

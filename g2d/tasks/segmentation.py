@@ -355,20 +355,22 @@ def _validation(net, val, p, target, boxes, limit, device):
         return dict(val_loss=sum(losses)/len(rows), val_dice=counts.curve()['dice'][10])
     return validate
 
-# %% ../../nbs/tasks/51_segmentation.ipynb #e88b53ae
+# %% ../../nbs/tasks/51_segmentation.ipynb #44213e7f
 def train_in_processes(store, # RadiographStore, the whole of its folder
                        runs: list, # (start, seed, folder) of each training; a start that comes from a checkpoint needs its path
                        processes: int, # at the same time
                        protocol: str | Protocol = 'fixed', fraction: float = 1., target: str | list = 'findings', boxes: bool = False,
-                       draw: str = 'stored', max_steps: int | None = None, limit: int | None = None) -> None:
-    "Train on the CPU, in several processes that share its cores, what `finetune` will find in the folders. Raises `G2DError` for what one of them raised."
+                       draw: str = 'stored', max_steps: int | None = None, limit: int | None = None,
+                       meanwhile=None # instead of the runs 0, `processes`, ...: what this process does itself, such as finetuning and testing them
+                      ) -> None:
+    "Train on the CPU, in several processes that share its cores (this one has the first share), what `finetune` will find in the folders. Raises `G2DError` for what one of them raised."
     from g2d.threads import in_processes
     p = _protocol(protocol, store, fraction)
     if len(store) != len(type(store).open(store.path)): raise G2DError(f'Several processes read the store from its folder, {store.path}; this is a part of it.')
     if lost := [start.name for start, _, _ in runs if start.checkpoint is not None and start.checkpoint.path is None]: raise G2DError(f'The checkpoint of the start "{lost[0]}" is in no file; save it, so that another process can read it.')
     common = dict(store=str(store.path), protocol=[p.task, p.name, p.dataset, p.fraction, p.values, p.sources], fraction=fraction, target=target, boxes=boxes, draw=draw, max_steps=max_steps, limit=limit)
     jobs = [[[start.name, start.profile.to_dict(), start.checkpoint and str(start.checkpoint.path), list(start.parts)], seed, str(out)] for start, seed, out in runs]
-    in_processes('g2d.tasks.segmentation:_train_here', [common | dict(runs=part) for k in range(processes) if (part := jobs[k::processes])], processes, here=True)
+    in_processes('g2d.tasks.segmentation:_train_here', [common | dict(runs=part) for k in range(processes) if (part := jobs[k::processes])], processes, here=meanwhile or True)
 
 def _train_here(store, protocol, fraction, target, boxes, draw, max_steps, limit, runs):
     "The share of these trainings that falls to this process."
