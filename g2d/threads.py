@@ -74,7 +74,32 @@ def _start(function: str, arguments: dict, words: Path, environment: dict, share
     child.stdin.write(json.dumps(dict(parent=os.getpid(), function=function, arguments=arguments, words=str(words)))); child.stdin.close()
     return child
 
-# %% ../nbs/03_threads.ipynb #80a3bcc8
+# %% ../nbs/03_threads.ipynb #c6f5f040
+def _call(function, arguments):
+    module, _, name = function.partition(':')
+    return getattr(importlib.import_module(module), name)(**arguments)
+
+def _here(work, environment, share):
+    "Work in this process as in a child: with more environment variables, and its share of the cores."
+    threads = torch.get_num_threads()
+    environment = environment | dict(OMP_NUM_THREADS=max(1, threads//share))     # libraries ask for it, and set threads themselves where it is missing
+    before = {k: os.environ.get(k) for k in environment}
+    os.environ.update({k: str(v) for k, v in environment.items()})
+    torch.set_num_threads(max(1, threads//share))
+    try: work()
+    finally:
+        torch.set_num_threads(threads)
+        for k, value in before.items():
+            if value is None: os.environ.pop(k, None)
+            else: os.environ[k] = value
+
+def _wait_for_one(children):
+    "Where this process failed because another one did, that one ends in the same moment: leave it the time for its words."
+    for _ in range(40):
+        if any(child.poll() for child in children): return
+        time.sleep(.05)
+
+# %% ../nbs/03_threads.ipynb #fb72bf4e
 def in_processes(function: str, # "module:name"
                  jobs: list, # dicts of plain values (JSON), the arguments of each call
                  at_once: int, # processes that run at the same time and share the cores
@@ -106,27 +131,3 @@ def in_processes(function: str, # "module:name"
         said = [path.read_text(encoding='utf-8') for path in sorted(Path(words).iterdir())]
     if isinstance(fault, G2DError) or (fault and not codes): raise fault
     if codes: raise G2DError(said[0] if said else f'A process of {function} ended with code {codes[0]}; its last words are above.') from None
-
-def _call(function, arguments):
-    module, _, name = function.partition(':')
-    return getattr(importlib.import_module(module), name)(**arguments)
-
-def _here(work, environment, share):
-    "Work in this process as in a child: with more environment variables, and its share of the cores."
-    threads = torch.get_num_threads()
-    environment = environment | dict(OMP_NUM_THREADS=max(1, threads//share))     # libraries ask for it, and set threads themselves where it is missing
-    before = {k: os.environ.get(k) for k in environment}
-    os.environ.update({k: str(v) for k, v in environment.items()})
-    torch.set_num_threads(max(1, threads//share))
-    try: work()
-    finally:
-        torch.set_num_threads(threads)
-        for k, value in before.items():
-            if value is None: os.environ.pop(k, None)
-            else: os.environ[k] = value
-
-def _wait_for_one(children):
-    "Where this process failed because another one did, that one ends in the same moment: leave it the time for its words."
-    for _ in range(40):
-        if any(child.poll() for child in children): return
-        time.sleep(.05)

@@ -250,7 +250,7 @@ def frozen_modules(net: nn.Module, # timm features_only network
     inside = [net.get_submodule(k) for k in names[:max(ends) + 1] if k]
     return [m for m in inside if not list(m.children()) or list(m.parameters(recurse=False))]   # BatchNorm of timm has a child, its activation
 
-# %% ../../nbs/models/20_image_encoder.ipynb #a3098dc5
+# %% ../../nbs/models/20_image_encoder.ipynb #5e61b405
 def _apart(conv, norm): # do they have to compute one after the other?
     return norm.training or conv.weight.requires_grad or (norm.weight is not None and norm.weight.requires_grad) or torch.compiler.is_compiling()
 
@@ -282,6 +282,7 @@ class _FoldedNorm:
         for name in ('drop', 'act'): x = getattr(self, name)(x) if hasattr(self, name) else x
         return x
 
+# %% ../../nbs/models/20_image_encoder.ipynb #61d78227
 def fold_frozen(net: nn.Module, # timm features_only network
                 still: list[nn.Module], # its frozen modules
                 in_chans: int) -> int: # pairs that now compute at once
