@@ -92,8 +92,8 @@ def _number(v): return v.item() if hasattr(v, 'item') else v
 def results():
     "The committed tables with the command beside each, and the page of what they say."
     about, before, after = evidence()
-    text = ['# Results', linked(before), 'The claims these tables carry, and those they do not: [what we found](found.md). What others printed: [published numbers](published.md). Speed: [benchmarks](benchmarks.md).',
-            ':::{toctree}\n:hidden:\n\nfound\npublished\nbenchmarks\n:::']
+    text = ['# Results', linked(before), 'The claims these tables carry, and those they do not: [what we found](found.md), and table by table: [the evidence](evidence.md). What others printed: [published numbers](published.md). Speed: [benchmarks](benchmarks.md).',
+            ':::{toctree}\n:hidden:\n\nfound\nevidence\npublished\nbenchmarks\n:::']
     made = {f'results/{path.name}': path.read_bytes() for path in sorted((root/'results').glob('*.png'))}
     for path in sorted((root/'results').rglob('*.csv')):
         name = path.relative_to(root/'results').as_posix()
@@ -102,10 +102,11 @@ def results():
         made[f'results/tables/{name}'] = path.read_bytes()
         text += [f'## {name}', linked(what[:1].upper() + what[1:]) + '.' if what else '', f'**Command:** {linked(command)}' if command else '', f'**Machine:** {machine}' if machine and machine != 'the same' else '',
                  _long(table, f'All {n} rows' if n <= MOST else f'The first {MOST} of {n} rows', n), f'{{download}}`{name} <tables/{name}>`']
-    found = ['# What we found', 'Which claims hold on which data, which do not, each with its command. All of it is text of `results/README.md`; the tables it cites are [here](index.md). '
-             'No number was made on MIMIC-CXR.', linked(after)]
+    from g2d.evidence import found_page
+    found = found_page(root/'results').replace('](README.md)', '](evidence.md)')
+    detail = ['# The evidence', 'What the tables say, one after the other: the text of `results/README.md`. In short: [what we found](found.md); the tables themselves are [here](index.md).', linked(after)]
     benchmarks = (root/'results'/'benchmarks.md').read_text(encoding='utf-8')
-    return made | {'results/index.md': '\n\n'.join(t for t in text if t) + '\n', 'results/found.md': '\n\n'.join(found) + '\n', 'results/benchmarks.md': linked(benchmarks)}
+    return made | {'results/index.md': '\n\n'.join(t for t in text if t) + '\n', 'results/found.md': linked(found), 'results/evidence.md': '\n\n'.join(detail) + '\n', 'results/benchmarks.md': linked(benchmarks)}
 
 
 def _printed(block):

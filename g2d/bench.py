@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LEVERS', 'SAME', 'ASSUMED', 'BENCHES', 'machine', 'in_turns', 'Table', 'peak_memory', 'resident', 'start_child',
            'answer_of', 'make_pairs', 'released_transform', 'ReleasedPairs', 'released_mask', 'plain_mask',
-           'step_profile', 'Step', 'bench_step', 'matrix_rate', 'bench_levers', 'bench_text', 'bench_loader',
-           'films_and_attention', 'bench_pseudo_mask', 'memory_child', 'bench_memory', 'kept_bytes', 'epoch_child',
-           'epochs_child', 'contrastive_child', 'bench_scaling', 'kept_child', 'bench_kept_memory', 'bench_demo',
-           'measured', 'write_plan', 'scripts', 'benches', 'bench']
+           'step_profile', 'Step', 'bench_step', 'matrix_rate', 'bench_levers', 'bench_bfloat16', 'bench_text',
+           'bench_loader', 'films_and_attention', 'bench_pseudo_mask', 'memory_child', 'bench_memory', 'kept_bytes',
+           'epoch_child', 'epochs_child', 'contrastive_child', 'bench_scaling', 'kept_child', 'bench_kept_memory',
+           'bench_demo', 'measured', 'write_plan', 'scripts', 'benches', 'bench']
 
 # %% ../nbs/82_bench.ipynb #f340c885
 import json, os, platform, subprocess, sys, tempfile, time
@@ -309,6 +309,26 @@ def bench_levers(table, small, device, rounds, more=()):
             seen = in_turns(dict(plain=lambda: turn(plain), changed=lambda: turn(changed)), rounds or (2 if small else 3), device=device)
             table.add('lever alone', lever, seen['changed'], baseline=seen['plain'], note=LEVERS[lever])
             del changed
+
+# %% ../nbs/82_bench.ipynb #85f8a3fd
+def bench_bfloat16(table, small, device, rounds):
+    "Losses of the same batch in bfloat16 and in single precision."
+    import torch
+    from g2d.validation import losses_of
+    with tempfile.TemporaryDirectory() as folder:
+        batch, size = (4, 64) if small else (8 if device == 'cpu' else 64, 256)
+        step, off = Step(make_pairs(Path(folder), batch*(6 if small else 24), size), batch, SAME, small, device), {}
+        for module in step.net.modules():
+            if isinstance(module, torch.nn.Dropout): module.p = 0.
+        for number in range(rounds or (2 if small else 6)):
+            images, texts = step.batch(number)
+            tokens, target, losses = step.net.text_encoder.tokenize(texts), None, []
+            for low in (False, True):
+                with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=low): out = step.net(images, tokens)
+                if target is None: target = step.mask(out.attention.float(), images)
+                losses.append({k: v.item() for k, v in losses_of(step.p, out, target, texts, gather=False).items()})
+            for name in losses[0]: off.setdefault(name, []).append(abs(losses[1][name] - losses[0][name])/abs(losses[0][name]))
+        for name, values in off.items(): table.add(f'a step of {batch} pairs', f'{name}, bfloat16 against fp32', values, 'relative', note='the same weights and batch')
 
 # %% ../nbs/82_bench.ipynb #8b60e9ab
 def bench_text(table, small, device, rounds):
@@ -645,7 +665,7 @@ def write_plan(folder: Path, small=False) -> Path:
     return path
 
 # %% ../nbs/82_bench.ipynb #e43d539e
-BENCHES = dict(step=bench_step, levers=bench_levers, text=bench_text, loader=bench_loader, pseudo_mask=bench_pseudo_mask, memory=bench_memory, kept_memory=bench_kept_memory, scaling=bench_scaling, demo=bench_demo)
+BENCHES = dict(step=bench_step, levers=bench_levers, bfloat16=bench_bfloat16, text=bench_text, loader=bench_loader, pseudo_mask=bench_pseudo_mask, memory=bench_memory, kept_memory=bench_kept_memory, scaling=bench_scaling, demo=bench_demo)
 _SMALL = dict(linear_probe=['--small'], prepare=['--films', '20', '--released', '2'], phantom=['--images', '8', '--size', '64'],
               runs=['--runs', '2', '--seconds', '1', '--rounds', '1', '--rows', '5'])
 

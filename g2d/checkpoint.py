@@ -166,9 +166,11 @@ def export_timm(self: Checkpoint, path: str | Path) -> Path:
     encoder, p = self.model().image_encoder, self.profile
     options = f'in_chans={p.in_chans}' + ('' if p.output_stride == 32 else f', output_stride={p.output_stride}')
     if p.encoder_depth == 5 or encoder.vit: return _export(path, encoder.timm_state_dict(), p, f'timm.create_model("{p.image_encoder}", num_classes=0, {options})')
-    # the last stages were never built: timm's own feature extractor leaves them out in the same way
-    maps = tuple(encoder.net.feature_info.out_indices)
-    return _export(path, encoder.net.state_dict(), p, f'timm.create_model("{p.image_encoder}", features_only=True, out_indices={maps}, {options})')
+    # the last stages were never built: timm's own feature extractor leaves them out in the same way, but for EfficientNets and MobileNets, of which only the wrapping one does
+    maps, wrapped = tuple(encoder.net.feature_info.out_indices), hasattr(encoder.net, '_stage_out_idx')
+    weights = {f'model.{k}' if wrapped else k: v for k, v in encoder.net.state_dict().items()}
+    how = "features_only=True, feature_cls='getter'" if wrapped else 'features_only=True'
+    return _export(path, weights, p, f'timm.create_model("{p.image_encoder}", {how}, out_indices={maps}, {options})')
 
 @patch
 def export_unet(self: Checkpoint, path: str | Path) -> Path:

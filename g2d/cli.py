@@ -204,7 +204,7 @@ def _show_plan(found, workers):
 
 # %% ../nbs/80_cli.ipynb #05f655a6
 @app.command()
-def results(what: Annotated[Optional[str], typer.Argument(help='phantombench: the tables of the committed benchmark; nothing: a table over the runs of this machine')] = None,
+def results(what: Annotated[Optional[str], typer.Argument(help='phantombench: the tables of the committed benchmark; found: what we found; nothing: a table over the runs of this machine')] = None,
             where: Annotated[Optional[list[str]], typer.Option(help='only these: column=value or column~pattern, such as metric~dice or fraction=0.01; may be repeated')] = None,
             form: Annotated[str, typer.Option('--format', help='markdown, latex or csv')] = 'markdown',
             seeds: Annotated[bool, typer.Option(help='means over seeds; --no-seeds for every single number')] = True,
@@ -214,11 +214,12 @@ def results(what: Annotated[Optional[str], typer.Argument(help='phantombench: th
             page: Annotated[bool, typer.Option('--page', help='write results.html into the output folder: all runs with their pictures')] = False,
             notebooks: Annotated[bool, typer.Option('--notebooks', help='with --page: also each executed notebook as HTML')] = False,
             output: Annotated[Optional[Path], typer.Option(help='folder of the runs; settings.ini if not given')] = None,
-            bench_: Annotated[Optional[Path], typer.Option('--results', help='phantombench: folder of its CSVs; results/phantombench of the repository if not given')] = None,
-            update: Annotated[bool, typer.Option('--update', help='phantombench: write methods.csv (or ideas.csv) from the finished runs of --table')] = False):
-    "A table over all finished runs, or a page of pictures; or the tables of the benchmark on phantoms."
+            bench_: Annotated[Optional[Path], typer.Option('--results', help='phantombench, found: folder of the CSVs; that of the repository if not given')] = None,
+            update: Annotated[bool, typer.Option('--update', help='phantombench: write methods.csv (or ideas.csv, longer.csv, real.csv, attention.csv) from the finished runs of --table; found: write the figures anew')] = False):
+    "A table over all finished runs, or a page of pictures; the tables of the benchmark on phantoms; or what we found."
     from g2d.results import collect, keep, of_table, over_seeds, beside_published, render, write_page, FORMATS
     if form not in FORMATS: raise G2DError(f'There is no format "{form}"; there is {", ".join(FORMATS)}.')
+    if what == 'found': return _found(out, bench_, update)
     if what is not None or bench_ or update: return _phantombench(what, form, table, out, output, bench_, update)
     if page:
         print(f'The page with all runs: {write_page(output, filters=where or [], notebooks=notebooks)}')
@@ -243,10 +244,17 @@ def _print_or_write(text, out, what):
     print(f'{what} in {out}')
 
 # %% ../nbs/80_cli.ipynb #fa5976a3
+def _found(out, folder, update):
+    "What we found, or its figures anew."
+    from g2d.evidence import _folder, found_page, refresh_file
+    if not update: return _print_or_write(found_page(folder), out, 'The page is')
+    path = _folder(folder)/'found.md'
+    print(f'{refresh_file(path, folder)} figures of {path} have changed')
+
 def _phantombench(what, form, table, out, output, folder, update):
     "The tables of the benchmark, or its files anew."
     from g2d.phantombench import bench_text, update_bench
-    if what != 'phantombench': raise G2DError(f'There are no results of "{what}"; g2d results phantombench is the only benchmark.' if what else '--results and --update belong to: g2d results phantombench.')
+    if what != 'phantombench': raise G2DError(f'There are no results of "{what}"; there is g2d results phantombench, and g2d results found.' if what else '--results and --update belong to: g2d results phantombench.')
     if not update: return _print_or_write(bench_text(folder, form), out, 'The tables are')
     if table is None: raise G2DError('--update needs --table, the batch table whose runs are wanted.')
     path, open_ = update_bench(table, output, folder or 'results/phantombench')

@@ -106,6 +106,7 @@ def why_again(parts: dict, # of the run that is wanted
         changes.append(f'code cell {", ".join(map(str, n[:3]))} changed' if len(old['cells']) == len(parts['cells']) else f'the notebook has {len(parts["cells"])} code cells instead of {len(old["cells"])}')
     if old['version'] != parts['version']: changes.append(f'g2d {old["version"]} became {parts["version"]}')
     if old.get('store') != parts.get('store'): changes.append('the store changed')
+    if old.get('threads') != parts.get('threads'): changes.append(f'it computes on {parts.get("threads") or "any number of"} threads instead of {old.get("threads") or "any number"}')
     return f'{" and ".join(changes) or "its key changed"} since {path.parent.name}'
 
 def _read(path):
@@ -214,7 +215,7 @@ def _execute(notebook, parameters, folder, progress, parts):
     for name in ('done.json', 'failed.json', 'metrics.json', 'state.json'): (folder/name).unlink(missing_ok=True)
     write_json(folder/'parameters.json', parameters)
     write_json(folder/'key.json', parts)
-    write_json(folder/'environment.json', environment())
+    write_json(folder/'environment.json', environment() | dict(threads=os.environ.get('OMP_NUM_THREADS')))
     logging.getLogger('papermill').setLevel(logging.WARNING)
     os.environ.setdefault('TQDM_MININTERVAL', '5')
     _engine()

@@ -30,19 +30,25 @@ def _who(r): # -> (method, seed), or None
     if r['experiment'] == 'pretrain':
         named = re.fullmatch(r'(.+), seed (\d+)', r['row'])
         return (named[1], int(named[2])) if named else None
-    start, named = _start(r), re.search(r'run:(.+), seed (\d+)/', r['row'])
-    if start in _words or start in _blind: return _words.get(start, start), 0 if pd.isna(r['seed']) else int(r['seed'])
+    start, named, fold = _start(r), re.search(r'run:(.+), seed (\d+)/', r['row']), _films(r)[1]
+    if start in _words or start in _blind: return _words.get(start, start), fold or (0 if pd.isna(r['seed']) else int(r['seed']))
     return (named[1], int(named[2])) if named else None
+
+def _films(r): # -> (set, fold); '' and 0 where they are phantoms, or the films of the pre-training
+    "The set of real films that a task was given."
+    named = re.fullmatch(r'real:(\w+)(?::(\d+)/\d+)?', str(json.loads(r['parameters'] or '{}').get('store')))
+    return (named[1], int(named[2] or 0)) if named and r['experiment'] != 'pretrain' else ('', 0)
 
 def _start(r): return re.sub(r' \([^)]*\)$', '', str(r['method']))
 
-def _task(r): # -> name of the task, with the part of the network or the question that makes a difference
+def _task(r): # -> name of the task, with the part of the network, the question or the films that make a difference
     "What was measured."
-    if r['experiment'] == 'segmentation': return 'segmentation, encoder' + (' + decoder' if _start(r).endswith('+ decoder') else '')
-    if r['experiment'] == 'classification': return 'fine-tuned' if r['task'] == 'finetune' else 'linear'
-    if r['experiment'] == 'grounding': return f'grounding, {json.loads(r["parameters"]).get("map") or "patches"}'
-    if r['experiment'] == 'zero_shot': return 'zero-shot' + ''.join(f', {x}' for x in re.findall(r'\(([^)]*)\)$', str(r['method'])))
-    return 'retrieval, run of its own' if r['experiment'] == 'retrieval' else r['experiment']   # pre-training runs measure it, too
+    films = f', {films}' if (films := _films(r)[0]) else ''
+    if r['experiment'] == 'segmentation': return 'segmentation, encoder' + (' + decoder' if _start(r).endswith('+ decoder') else '') + films
+    if r['experiment'] == 'classification': return ('fine-tuned' if r['task'] == 'finetune' else 'linear') + films
+    if r['experiment'] == 'grounding': return f'grounding, {json.loads(r["parameters"]).get("map") or "patches"}' + films
+    if r['experiment'] == 'zero_shot': return 'zero-shot' + ''.join(f', {x}' for x in re.findall(r'\(([^)]*)\)$', str(r['method']))) + films
+    return ('retrieval, run of its own' if r['experiment'] == 'retrieval' else r['experiment']) + films  # pre-training runs measure it, too
 
 # %% ../nbs/64_phantombench.ipynb #399f9010
 def bench_rows(frame: pd.DataFrame # of `g2d.results.of_table`
@@ -112,7 +118,7 @@ def bench_folder(folder: str | Path | None = None) -> Path:
         if any(place.glob('*.csv')): return place
     raise G2DError(f'There are no results of PhantomBench in {" or ".join(map(str, places))}; --results DIR says where they lie.')
 
-def read_bench(folder: Path, name: str # methods or ideas
+def read_bench(folder: Path, name: str # methods, ideas, longer or real
               ) -> pd.DataFrame | None: # None where there is no such file
     "A file of the benchmark. Raises `G2DError` naming a column that it lacks."
     path = folder/f'{name}.csv'
@@ -125,9 +131,9 @@ def update_bench(table: str | Path, # the batch table that was run
                  root: str | Path | None = None, # the output folder; settings.output_root if None
                  folder: str | Path = 'results/phantombench' # where the file is written
                 ) -> tuple[Path, list]: # the file, and rows of the table that are not finished
-    "Write methods.csv, ideas.csv or attention.csv (the table's name says which) from its finished runs."
+    "Write methods.csv, ideas.csv, longer.csv, real.csv or attention.csv (the table's name says which) from its finished runs."
     from g2d.results import collect, of_table
-    frame, name = of_table(collect(root), table, root), next((n for n in ('ideas', 'attention') if n in Path(table).stem), 'methods')
+    frame, name = of_table(collect(root), table, root), next((n for n in ('ideas', 'attention', 'real', 'longer') if n in Path(table).stem), 'methods')
     rows, path = (attention_rows if name == 'attention' else bench_rows)(frame), Path(folder)/f'{name}.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
     files = {path: rows} | ({path.with_name('course.csv'): course} if name == 'methods' and len(course := course_rows(frame)) else {})
@@ -168,10 +174,10 @@ def verdict(mean: float, half: float, other: float, other_half: float) -> str:
 
 def _chosen_start(means):
     "Segmentation of each method from one start: with decoder where it has one."
-    task = means['task'].str.split(', ').str[0]
-    decoder = set(means.loc[means['task'] == 'segmentation, encoder + decoder', 'method'])
-    double = (means['task'] == 'segmentation, encoder') & means['method'].isin(decoder)
-    return means.assign(task=task)[~double]
+    found = means['task'].str.extract(r'^(?P<kind>[^,]+)(?P<part>, encoder \+ decoder|, encoder)?(?P<rest>, .*)?$')
+    means = means.assign(kind=found['kind'], part=found['part'], task=found['kind'] + found['rest'].fillna(''))
+    decoder = set(map(tuple, means.loc[means['part'] == ', encoder + decoder', ['method', 'task']].to_numpy()))
+    return means[[p != ', encoder' or (m, t) not in decoder for p, m, t in zip(means['part'], means['method'], means['task'])]]
 
 def claim_table(rows: pd.DataFrame, # of methods.csv
                 ours: str = 'g2d', # methods whose name begins so
@@ -179,7 +185,7 @@ def claim_table(rows: pd.DataFrame, # of methods.csv
                ) -> pd.DataFrame: # task, metric, method, ours, peer, theirs, difference, verdict; empty where there is no such pair
     "G2D with few labels against each peer with all of them."
     means, found = _chosen_start(bench_means(rows)), []
-    means = means[[MAIN[t] == m if t in LABELS else False for t, m in zip(means['task'], means['metric'])]]
+    means = means[[MAIN[k] == m if k in LABELS else False for k, m in zip(means['kind'], means['metric'])]]
     own, is_own = means['fraction'].sub(few).abs() < 1e-9, means['method'].str.startswith(ours)
     for a in means[own & is_own].to_dict('records'):
         for b in means[~is_own & (means['task'] == a['task']) & (means['fraction'].sub(all_).abs() < 1e-9)].to_dict('records'):
@@ -234,27 +240,49 @@ def attention_table(frame: pd.DataFrame) -> pd.DataFrame:
     return wide[list(dict.fromkeys(means['metric']))].reindex(pd.MultiIndex.from_frame(cases) if len(by) > 1 else cases[by[0]] if by else wide.index).reset_index(drop=not by).fillna('')
 
 # %% ../nbs/64_phantombench.ipynb #5e8cae8f
+def _paired(add, rows, what):
+    "Ideas against their reference."
+    table = paired_table(rows)
+    add(f'{what} against "{table["reference"].iloc[0]}", paired by seed' if len(table) else what, table.drop(columns='reference') if len(table) else 'Only the reference was run.\n')
+
+def _longer(add, rows):
+    "The longer run: its tables, then each method against its like with the masks of other films."
+    for task, table in method_tables(rows).items(): add(f'Longer run: {task}', table.reset_index())
+    known = set(rows['method'])
+    for own in [m for m in dict.fromkeys(rows['method']) if f'{m} shuffled' in known]:
+        part = rows[rows['method'].isin([own, f'{own} shuffled'])]
+        add(f'Longer run: "{own}" against the masks of other films, paired by seed', paired_table(part, f'{own} shuffled').drop(columns='reference'))
+
 def bench_text(folder: str | Path | None = None, # where the CSVs lie
                form: str = 'markdown' # markdown, latex or csv
               ) -> str:
-    "Everything that the files say: methods by tasks, the claim, the ideas, the attention. Raises `G2DError` when there is no file."
+    "Everything that the files say: methods by tasks, the claim, the ideas, real films, the attention. Raises `G2DError` when there is no file."
     folder, parts = bench_folder(folder), []
     add = lambda title, table: parts.append(f'## {title}\n\n' + (table if isinstance(table, str) else render(table, form)))
+    nothing = 'No task was run at 1 % with G2D and at 100 % with a peer: nothing can be said.\n'
     if (rows := read_bench(folder, 'methods')) is not None:
         seeds = rows.groupby('method')['seed'].nunique()
         span = f'{seeds.min()} to {seeds.max()}' if seeds.max() > seeds.min() else str(seeds.max())
         parts.append(f'# PhantomBench: {len(seeds)} methods, {span} seeds, from {folder}\n')
         for task, table in method_tables(rows).items(): add(task, table.reset_index())
         claim = claim_table(rows)
-        add('The claim: G2D with 1 % of the labels against each peer with 100 %', claim if len(claim) else 'No task was run at 1 % with G2D and at 100 % with a peer: nothing can be said.\n')
-    if (rows := read_bench(folder, 'ideas')) is not None:
-        table = paired_table(rows)
-        add(f'Ideas against "{table["reference"].iloc[0]}", paired by seed' if len(table) else 'Ideas', table.drop(columns='reference') if len(table) else 'Only the reference was run.\n')
+        add('The claim: G2D with 1 % of the labels against each peer with 100 %', claim if len(claim) else nothing)
+    if (rows := read_bench(folder, 'ideas')) is not None: _paired(add, rows, 'Ideas')
+    if (rows := read_bench(folder, 'longer')) is not None: _longer(add, rows)
+    if (rows := read_bench(folder, 'real')) is not None:
+        for task, table in method_tables(rows).items(): add(f'Real films: {task}', table.reset_index())
+        claim = claim_table(rows)
+        add('Real films, the claim: G2D with 1 % of the labels against each peer with 100 %', claim if len(claim) else nothing)
+        add('Real films: against "global_only", paired by fold', paired_table(rows, 'global_only').drop(columns='reference') if 'global_only' in set(rows['method']) else 'There is no "global_only" to compare with.\n')
+    _attention(folder, add)
+    if not parts: raise G2DError(f'{folder} holds none of methods.csv, ideas.csv, longer.csv, real.csv and attention.csv.')
+    return '\n'.join(parts)
+
+def _attention(folder, add):
+    "Masks over training, and where attention looks."
     if (folder/'course.csv').is_file(): add('Over training, on validation films', course_table(pd.read_csv(folder/'course.csv')))
     if (folder/'attention.csv').is_file():
         frame = pd.read_csv(folder/'attention.csv')
         for column, words in dict(map='head', step='upsampled|masked|binary').items():     # in the file, too many for a page
             if column in frame: frame = frame[~frame[column].str.contains(words)]
         add('Where attention looks', attention_table(frame))
-    if not parts: raise G2DError(f'{folder} holds none of methods.csv, ideas.csv and attention.csv.')
-    return '\n'.join(parts)

@@ -16,7 +16,7 @@ import torch
 from .settings import G2DError
 from .files import atomic_path, write_json, read_json
 from .profiles import Profile, profile as named_profile
-from .threads import in_processes, keep_freed_memory
+from .threads import give_back_memory, in_processes, keep_freed_memory
 from .checkpoint import Checkpoint, unpack_optimizer, set_random_state
 from .validation import make_pseudo_mask, losses_of, loss_weights, collect_pass, summarise, with_report_texts, dense_target, mask_texts
 
@@ -443,4 +443,5 @@ def pretrain(store, # a `RadiographStore` or the path of one
     if processes > 1 and len(store) != len(RadiographStore.open(store.path)): raise G2DError(f'Several processes read the store from its folder, {store.path}; this is a part of it. Use processes=1.')
     if processes < 1: raise G2DError(f'processes={processes} is not positive.')
     if processes > 1 and 'RANK' not in os.environ: return _in_processes(store, profile, out, processes, dict(resume=resume, device=device, workers=workers, **options))
-    return Pretrainer(store, profile, out, workers, device, **options).run(resume)
+    try: return Pretrainer(store, profile, out, workers, device, **options).run(resume)
+    finally: give_back_memory()     # a notebook lives longer than its training

@@ -23,6 +23,7 @@ class Row:
     experiment: str
     parameters: dict     # typed; `run:NAME/...` is not resolved
     notebook: Path | None = None
+    threads: int | None = None # cores that it computes on; None: its worker's share
     @property
     def needs(self) -> list: return sorted({v[4:].split('/')[0] for value in self.parameters.values() for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v.startswith('run:')})
 
@@ -45,15 +46,15 @@ def _yaml_rows(table):
     except (yaml.YAMLError, UnicodeDecodeError) as error: raise G2DError(f'{table} is not valid YAML: {str(error).splitlines()[0]}.') from None
     number = 0
     for block in doc if isinstance(doc, list) else [doc]:
-        if not isinstance(block, dict) or (bad := set(block) - {'name', 'experiment', 'parameters', 'grid'}) or not isinstance(block.get('experiment'), str):
-            raise G2DError(f'{table}: a block needs "experiment", and may have "name", "parameters" and "grid"' + (f'; it has "{sorted(bad)[0]}".' if isinstance(block, dict) and bad else '.'))
+        if not isinstance(block, dict) or (bad := set(block) - {'name', 'experiment', 'parameters', 'grid', 'threads'}) or not isinstance(block.get('experiment'), str):
+            raise G2DError(f'{table}: a block needs "experiment", and may have "name", "parameters", "grid" and "threads"' + (f'; it has "{sorted(bad)[0]}".' if isinstance(block, dict) and bad else '.'))
         grid = {k: v if isinstance(v, list) else [v] for k, v in (block.get('grid') or {}).items()}
         for values in itertools.product(*grid.values()):
             number += 1
             cell = dict(zip(grid, values))
             try: name = str(block.get('name') or f'run {number}').format(**cell)
             except (KeyError, IndexError, ValueError): raise G2DError(f'{table}: the name "{block["name"]}" speaks of something that is not in the grid.') from None
-            yield number, name, block['experiment'], (block.get('parameters') or {}) | cell, False
+            yield number, name, block['experiment'], (dict(threads=block['threads']) if 'threads' in block else {}) | (block.get('parameters') or {}) | cell, False
 
 # %% ../nbs/60_runs.ipynb #0615af89
 def read_rows(table: str | Path # .csv, .tsv, .yaml
@@ -68,6 +69,7 @@ def read_rows(table: str | Path # .csv, .tsv, .yaml
         except G2DError as error: problems.append(f'row {number}: {error}'); continue
         for key, value in values.items():
             try:
+                if key == 'threads' and key not in known: row.threads = _threads(value); continue
                 if key not in known: raise G2DError(f'{row.notebook.name} has no parameter "{key}"; it has {", ".join(known)}')
                 row.parameters[key] = value if isinstance(value, str) and value.startswith('run:') else convert(known[key], value, text)
             except G2DError as error: problems.append(f'row {number}: {error}')
@@ -76,6 +78,11 @@ def read_rows(table: str | Path # .csv, .tsv, .yaml
     if problems: raise G2DError(f'{table} cannot be run, {len(problems)} problem{"s" if len(problems) > 1 else ""}: ' + '; '.join(p.rstrip('.') for p in problems) + '.')
     if not rows: raise G2DError(f'{table} has no rows.')
     return rows
+
+def _threads(value):
+    "A number of threads, which a table may hold as text."
+    if isinstance(value, bool) or not str(value).isdigit() or int(value) < 1: raise G2DError(f'threads is {value!r}; expected a whole number of cores, 1 or more')
+    return int(value)
 
 def _bad_names(rows):
     "Names that are there twice, are needed and absent, or go round in a circle."
@@ -113,7 +120,7 @@ def plan_rows(rows: list, output_root: Path | None = None) -> list: # of `Planne
         for name, value in row.parameters.items():
             pairs = [place(v) for v in (value if isinstance(value, list) else [value])]
             keyed[name], real[name] = ([k for k, _ in pairs], [r for _, r in pairs]) if isinstance(value, list) else pairs[0]
-        parts = key_parts(row.notebook, keyed)
+        parts = key_parts(row.notebook, keyed) | (dict(threads=row.threads) if row.threads else {})
         folder = root/row.notebook.stem/_key(parts)
         made[row.name] = _state(Planned(row, folder, parts, real))
         return made[row.name]
@@ -146,7 +153,8 @@ def _estimates(plans):
 # %% ../nbs/60_runs.ipynb #85b16e22
 def _do(job):
     "One job in this process; the answer is plain JSON."
-    started = time.time()
+    started, before = time.time(), os.environ.get('OMP_NUM_THREADS')
+    if job.get('threads'): os.environ['OMP_NUM_THREADS'] = str(job['threads'])     # the kernel inherits it
     try:
         run_notebook(job['notebook'], job['parameters'], again=job['again'], progress=False, folder=Path(job['folder']), parts=job['parts'], since=job['since'])
         done = read_json(Path(job['folder'])/'done.json')
@@ -154,6 +162,9 @@ def _do(job):
     except InUse: return dict(job=job['id'], state='in use')
     except G2DError as error: return dict(job=job['id'], state='failed', error=str(error))
     except Exception as error: return dict(job=job['id'], state='failed', error=f'{type(error).__name__}: {error}')
+    finally:
+        if before is None: os.environ.pop('OMP_NUM_THREADS', None)
+        else: os.environ['OMP_NUM_THREADS'] = before
 
 def serve() -> None:
     "Body of a worker process."
@@ -246,7 +257,7 @@ class _Runner:
             elif all(s == 'done' for s in needs): return p
     def _job(self, p):
         p.state = 'running'
-        return dict(id=p.row.name, notebook=str(p.row.notebook), parameters=p.parameters, folder=str(p.folder), parts=p.parts, again=self.again, since=self.since)
+        return dict(id=p.row.name, notebook=str(p.row.notebook), parameters=p.parameters, folder=str(p.folder), parts=p.parts, again=self.again, since=self.since, threads=p.row.threads)
 
 # %% ../nbs/60_runs.ipynb #a2e24c27
 from fastcore.basics import patch

@@ -100,6 +100,31 @@ def test_names_of_rows_become_methods():
     with pytest.raises(G2DError, match='nothing for the benchmark'): bench_rows(frame[frame.row == 'gallery'])
 
 
+def test_real_films_are_tasks_of_their_own_and_folds_are_seeds():
+    found = []
+    for fold in (1, 2, 3):
+        for films, target in (('kermany', 'lungs'), ('covid', 'lesions')):
+            more = dict(task='segmentation', seed=0, parameters=json.dumps(dict(store=f'real:{films}:{fold}/3')))
+            for fraction in (.01, 1.):
+                for method, start, value in (('global_only', 'global-only encoder', .2), ('g2d', 'G2D encoder', .3), ('g2d', 'G2D encoder + decoder', .5), ('g2d', 'random', .1)):
+                    found.append(number(f'{target} at {fraction}, run:{method}, seed {fold}/training', 'segmentation', 'dice_positives', value + .01*fold + .1*(films == 'covid'), method=start, fraction=fraction, **more))
+    rows = bench_rows(pd.DataFrame(found))
+    assert set(rows['task']) == {f'segmentation, encoder{d}, {f}' for d in ('', ' + decoder') for f in ('kermany', 'covid')} and set(rows['seed']) == {1, 2, 3}
+    assert len(rows[rows['method'] == 'random']) == 12          # a start without a pre-training has a fold, too
+    claim = claim_table(rows).set_index(['task', 'peer'])
+    assert set(claim.index) == {(f'segmentation, {f}', p) for f in ('kermany', 'covid') for p in ('global_only', 'random')}      # each set against itself
+    assert claim['at 1 %'].to_dict()['segmentation, kermany', 'global_only'].startswith('0.520') and claim['at 1 %'].to_dict()['segmentation, covid', 'random'].startswith('0.620')
+    assert set(claim['verdict']) == {'leads'}
+
+
+def test_the_longer_run_and_the_real_films_are_printed(rows, tmp_path):
+    both = pd.concat([rows.replace(dict(method=dict(gloria='g2d shuffled'))), rows.replace(dict(method=dict(gloria='finer grid', mgca='finer grid shuffled')))])
+    both.drop_duplicates(['method', 'seed', 'task', 'fraction', 'metric']).to_csv(tmp_path/'longer.csv', index=False)
+    rows.assign(task=rows['task'] + ', kermany').replace(dict(method=dict(mgca='global_only'))).to_csv(tmp_path/'real.csv', index=False)
+    text = bench_text(tmp_path)
+    for part in ('Longer run: "g2d" against the masks of other films', 'Longer run: "finer grid" against the masks of other films', 'Real films: segmentation, encoder, kermany', 'Real films, the claim', 'Real films: against "global_only", paired by fold'): assert part in text, part
+
+
 def call(monkeypatch, capsys, *words):
     from g2d.cli import main
     monkeypatch.setattr(sys, 'argv', ['g2d', 'results', *words])
@@ -156,6 +181,7 @@ def test_batch_tables():
     "The rows that both tables have are the same runs; every pre-training builds a profile; three seeds a method; all tasks at full size."
     from g2d.models.comparators import comparator
     ideas, small, full = (read_rows(TABLES/f'{name}.yaml') for name in ('phantom_ideas', 'phantom_methods', 'phantombench'))
+    for name in ('phantom_methods', 'phantom_ideas', 'phantom_attention', 'phantom_mpma'): assert {r.threads for r in read_rows(TABLES/f'{name}.yaml')} == {1}, f'{name}: figures repeat to the last digit on one thread only'
     known = {r.name: (r.experiment, json.dumps(r.parameters, sort_keys=True)) for r in small}
     for r in ideas:
         if r.name.startswith('g2d,'): assert known[r.name] == (r.experiment, json.dumps(r.parameters, sort_keys=True))

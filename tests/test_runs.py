@@ -77,6 +77,25 @@ def test_key_covers_cells_parameters_version_and_store(square, tmp_path, monkeyp
     assert {'python', 'versions', 'commit', 'command', 'cores'} <= set(environment())
 
 
+def test_threads_of_a_row_are_those_of_its_kernel_and_of_its_key(tmp_path):
+    "Whatever the number of workers: a row that names its cores computes on them."
+    book = notebook(tmp_path/'cores.ipynb', 'n: int = 2\nfolder: str = "."', 'import os, pathlib\nfrom g2d.files import write_json\nwrite_json(pathlib.Path(folder)/"metrics.json", dict(threads=int(os.environ.get("OMP_NUM_THREADS", 0))))')
+    (tmp_path/'t.yaml').write_text(f'- {{experiment: {book}, name: one, threads: 1}}\n- {{experiment: {book}, name: three, threads: 3, parameters: {{n: 3}}}}\n- {{experiment: {book}, name: any, parameters: {{n: 2}}}}\n')
+    rows = read_rows(tmp_path/'t.yaml')
+    assert [r.threads for r in rows] == [1, 3, None] and all('threads' not in r.parameters for r in rows)
+    plans = plan_rows(rows, tmp_path/'out')
+    assert plans[0].folder != plans[2].folder and plans[2].folder.name == run_key(book, dict(n=2))
+    assert run_table(tmp_path/'t.yaml', workers=1, output_root=tmp_path/'out', progress=False)['state'].tolist() == ['done']*3
+    found = [(read_json(p.folder/'metrics.json')['threads'], read_json(p.folder/'environment.json')['threads']) for p in plans]
+    assert found[:2] == [(1, '1'), (3, '3')] and found[2][0] != 3
+    assert 'computes on 3 threads instead of any number' in why_again(plans[2].parts | dict(threads=3), plans[2].folder.parent)
+    for text in ('0', 'two', '1.5', 'true'):
+        (tmp_path/'t.yaml').write_text(f'- {{experiment: {book}, threads: {text}}}\n')
+        with pytest.raises(G2DError, match='threads is'): read_rows(tmp_path/'t.yaml')
+    table(tmp_path/'t.csv', [[book, 'a', 3, 2], [book, 'b', 3, '']], 'experiment,name,n,threads')
+    assert [r.threads for r in read_rows(tmp_path/'t.csv')] == [2, None]
+
+
 def test_one_failure_among_twelve(square, tmp_path, monkeypatch, capsys):
     from g2d.cli import main
     diary = tmp_path/'diary'

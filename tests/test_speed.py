@@ -386,6 +386,29 @@ def test_users_of_malloc_variables_are_left_alone(monkeypatch):
     assert keep_freed_memory() is False
 
 
+def held_after_training(give_back: bool) -> dict:
+    "Memory of a process after 400 MB were used and freed, in a child."
+    import torch
+    from g2d.threads import give_back_memory, keep_freed_memory
+    if not keep_freed_memory(): return dict(before=0, after=0)
+    before = B.resident()
+    pieces = [torch.ones(500_000) for _ in range(200)]
+    pieces = pieces[-1:]
+    if give_back: give_back_memory()
+    return dict(before=before, after=B.resident())
+
+
+def test_memory_is_given_back_at_the_end_of_a_training():
+    "What is kept between steps does not stay with a notebook."
+    import json, subprocess, sys
+    def child(give_back):
+        code = f'import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_speed import held_after_training; print(json.dumps(held_after_training({give_back})))'
+        return json.loads(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    kept, given = child(False), child(True)
+    if not kept['after']: pytest.skip('glibc only')
+    assert kept['after'] - kept['before'] > 300e6 and given['after'] - given['before'] < 100e6, (kept, given)
+
+
 def test_every_store_has_its_epochs_in_turn():
     seconds = B.answer_of(B.start_child('epochs_child', sizes=[80, 160], size=64))
     assert [len(s) for s in seconds] == [4, 4] and min(map(min, seconds)) > 0     # two epochs of 80 pairs for one of 160

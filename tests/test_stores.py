@@ -27,3 +27,30 @@ def test_a_waiting_process_says_so(tmp_path, monkeypatch, capsys):
     assert len(find_store('phantoms:4', 64)) == 4
     other.join()
     assert 'waiting' in capsys.readouterr().out
+
+
+def test_words_joined_are_one_store(tmp_path, monkeypatch):
+    import pytest
+    from g2d.settings import G2DError
+    monkeypatch.setattr(settings, 'output_root', tmp_path)
+    both = find_store('phantoms:4+layout:siim', 64, n=6)
+    assert len(both) == 10 and both.images.shape == (10, 64, 64) and len(both.shards) == 2
+    with pytest.raises(G2DError, match='in more than one shard'): find_store('phantoms:4+phantoms:4', 64)
+
+
+def test_folds_of_the_shared_sets_keep_a_patient_on_one_side(tmp_path, monkeypatch, data_root):
+    "A pre-training on the pairs of a fold has not seen the test patients of any set of that fold, and each film is tested once."
+    import pytest
+    from g2d.data.splits import check_disjoint, fingerprints
+    from g2d.settings import G2DError
+    monkeypatch.setattr(settings, 'output_root', tmp_path); monkeypatch.setattr(settings, 'data_root', data_root)
+    tested = []
+    for fold in (1, 2, 3):
+        covid, pairs = find_store(f'real:covid:{fold}/3', 32), find_store(f'real:pairs:{fold}/3', 32)
+        check_disjoint(covid.index)
+        trained = set(fingerprints(pairs.select('train').index)) | set(fingerprints(pairs.select('val').index))
+        assert trained and not trained & set(fingerprints(covid.select('test').index))
+        tested += covid.select('test').index['image_id'].tolist()
+    assert sorted(tested) == sorted(covid.index['image_id'])
+    for word, said in (('real:covid:2', 'names no fold'), ('real:covid:4/3', 'Fold 4 of 3'), ('real:nothing:1/3', 'There is no store "real:nothing"')):
+        with pytest.raises(G2DError, match=said): find_store(word, 32)

@@ -56,7 +56,9 @@ def read_weights(path: str | Path # .safetensors, or .pth/.pt/.bin written by to
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise G2DError(f'{path} holds no state dict (names and tensors).')
-    return {name.removeprefix('module.'): value for name, value in found.items()}
+    found = {name.removeprefix('module.'): value for name, value in found.items()}
+    wrapped = all(name.startswith('model.') for name in found)      # a network in a wrapper, such as timm's FeatureGetterNet
+    return {name.removeprefix('model.') if wrapped else name: value for name, value in found.items()}
 
 def _first_line(error): return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 

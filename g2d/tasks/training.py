@@ -153,11 +153,12 @@ def fit(net: nn.Module, # on its device; afterwards it holds the best weights
         progress: bool = False
        ) -> Fitted:
     "Train by the protocol. Raises `G2DError` for no films, or a loss that is not finite."
-    from g2d.threads import keep_freed_memory
+    from g2d.threads import give_back_memory, keep_freed_memory
     if n < 1: raise G2DError('There are no training films.')
     keep_freed_memory()
     net.to(memory_format=torch.channels_last)   # as in pre-training: a step of a U-Net takes a third less on one core, a validation a fourth
-    return _Loop(net, n, loss_of, validate, p, seed, Path(out) if out else None, max_steps, progress).run()
+    try: return _Loop(net, n, loss_of, validate, p, seed, Path(out) if out else None, max_steps, progress).run()
+    finally: give_back_memory()
 
 # %% ../../nbs/tasks/49_training.ipynb #dffa42e1
 class _Loop:
