@@ -17,7 +17,7 @@ from .settings import G2DError
 from .files import atomic_path, write_json, read_json
 from .profiles import Profile, profile as named_profile
 from .threads import give_back_memory, in_processes, keep_freed_memory
-from .checkpoint import Checkpoint, unpack_optimizer, set_random_state
+from .checkpoint import Checkpoint, random_state, set_random_state, unpack_optimizer
 from .validation import make_pseudo_mask, losses_of, loss_weights, collect_pass, summarise, with_report_texts, dense_target, mask_texts
 
 # %% ../nbs/41_pretrain.ipynb #c5d57936
@@ -92,19 +92,22 @@ def setup(self: Pretrainer):
     from g2d.models.comparators import build_model
     keep_freed_memory()
     p = self.profile
+    self.pairs = with_report_texts(self.store, p)
+    seed_everything(p.seed)
+    self.net = build_model(p).to(memory_format=torch.channels_last)   # convolutions are faster with channels last, on the CPU too
+    drawn = random_state()
+    if self.device_name == 'cpu': self._encode_share(int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1)))   # while other processes are still starting
     if int(os.environ.get('WORLD_SIZE', 1)) == 1: AcceleratorState._reset_state(True)   # a notebook may train twice, with another precision
     idle = DistributedDataParallelKwargs(find_unused_parameters=p.global_only_steps > 0 or p.dense_target == 'none')   # the decoder, for a while
     self.accelerator = Accelerator(mixed_precision=dict(fp32='no').get(p.precision, p.precision), cpu=self.device_name == 'cpu', kwargs_handlers=[idle])
     self.device = self.accelerator.device
-    self.pairs = with_report_texts(self.store, p)
     self.loader = PairLoader(self.pairs, p.batch_size, split=None if p.train_split == 'all' else p.train_split, seed=p.seed, rank=self.accelerator.process_index,
                              world_size=self.accelerator.num_processes, workers=self.workers, shuffle=True, reshuffle=p.reshuffle, drop_last=True,
                              window=p.text_window, device=self.device if self.device.type == 'cuda' else None)
     self.seen = self._fingerprints()
     finer = p.super_resolution if p.method == 'mpma' else 1   # MPMA shrinks what its network sees, and rebuilds the film
     self.augment, self.pseudo_mask = Augment(p.augment, p.crop_size*finer, p.seed, self.accelerator.process_index), make_pseudo_mask(p)
-    seed_everything(p.seed)
-    self.net = build_model(p).to(memory_format=torch.channels_last)   # convolutions are faster with channels last, on the CPU too
+    set_random_state(drawn)
     self.teacher = mask_teacher(self.net).to(self.device) if p.mask_momentum and p.dense_target in ('pseudo', 'shuffled') else None
     if hasattr(self.net, 'start_words'): self.net.start_words(self._training_index()['text'].tolist(), self.progress)
     self._warm_text_cache()
@@ -150,17 +153,32 @@ def _warm_text_cache(self: Pretrainer):
         from g2d.settings import settings
         self.net.to(self.device)
         encoder.keep_prefixes(self._texts(), p.text_cache, p.text_cache_gb*1e9, Path(settings.output_root)/'text_features', progress=self.progress)
-    if self.profile.frozen_layers != 'all' or self.profile.local != 'none' or self.profile.method == 'mpma': return
+    if not self._texts_are_still(): return
     self.net.to(self.device)
+    n = self.accelerator.num_processes
+    self._encode_share(self.accelerator.process_index, n)
+    self.accelerator.wait_for_everyone()
+    for k, part in enumerate(self._text_shares(n) if n > 1 else []): self.net.text_encoder.warm_cache(part, folder=_text_folder(), progress=False, add=k > 0)
+
+def _text_folder():
+    from g2d.settings import settings
+    return Path(settings.output_root)/'text_features'
+
+@patch
+def _texts_are_still(self: Pretrainer): return self.profile.frozen_layers == 'all' and self.profile.local == 'none' and self.profile.method != 'mpma'
+
+@patch
+def _text_shares(self: Pretrainer, n):
+    "The distinct texts, dealt to `n` processes."
     texts = self._texts()
     if self.profile.mask_source == 'sentences': texts += [s for of in mask_texts(texts) for s in of]
-    from g2d.settings import settings
-    folder, n = Path(settings.output_root)/'text_features', self.accelerator.num_processes
     in_order = sorted(set(texts), key=lambda text: (len(text), text))
-    parts = [in_order[rank::n] or in_order for rank in range(n)]    # each process computes its share, and reads those of the others
-    self.net.text_encoder.warm_cache(parts[self.accelerator.process_index], folder=folder, progress=self.progress and self.accelerator.is_main_process)
-    self.accelerator.wait_for_everyone()
-    for k, part in enumerate(parts if n > 1 else []): self.net.text_encoder.warm_cache(part, folder=folder, progress=False, add=k > 0)
+    return [in_order[rank::n] or in_order for rank in range(n)]
+
+@patch
+def _encode_share(self: Pretrainer, rank, n):
+    "Each process computes features of its share of the texts, for a file in which the others find them."
+    if self._texts_are_still(): self.net.text_encoder.warm_cache(self._text_shares(n)[rank], folder=_text_folder(), progress=self.progress and rank == 0)
 
 # %% ../nbs/41_pretrain.ipynb #7efdeb91
 def mask_teacher(net) -> torch.nn.Module:

@@ -158,7 +158,7 @@ class SegmentationNet(TaskNet):
     def __init__(self, start: Start, freeze: str = 'no'):
         super().__init__(start, freeze)
         from g2d.models.decoder import UNetDecoder
-        self.decoder = UNetDecoder(self.image_encoder.channels, start.profile.decoder_channels)
+        self.decoder = UNetDecoder(self.image_encoder.channels, start.profile.decoder_channels, scale=start.profile.decoder_scale)   # as it was pre-trained
         if start.checkpoint is not None and 'decoder' in start.parts: load_part(self.decoder, _one_mask(start.checkpoint), 'decoder')
     def forward(self, images): return self.decoder(self.features(images), tuple(images.shape[-2:]))
 
@@ -244,22 +244,23 @@ def predict(net, view, rows, crop, truth=None, device='cpu', batch_size=64, prog
         yield batch, images[:, 0].cpu().numpy(), net(images)[:, 0].float().sigmoid().cpu().numpy(), None if masks is None else masks[:, 0].cpu().numpy()
 
 # %% ../../nbs/tasks/51_segmentation.ipynb #d325c8e2
-def _choose(rule, net, val, test, truths, rows, crop, device) -> tuple: # (cut, where it comes from)
+def _choose(rule, net, val, test, truths, rows, crop, device, known=None) -> tuple: # (cut, where it comes from); `known`: counts of this net on the validation films
     "The threshold of a protocol. Raises `G2DError` for a rule that is not known."
     if isinstance(rule, (int, float)) and not isinstance(rule, bool): return float(rule), 'given'
     if rule not in ('validation', 'test'): raise G2DError(f'The threshold "{rule}" is not known; expected validation, test or a number.')
-    counts, part = PixelCounts(), dict(validation='val', test='test')[rule]
-    for _, _, scores, truth in predict(net, dict(val=val, test=test)[part], rows[part], crop, truths[part], device): counts.add(scores, truth)
+    counts, part = known if rule == 'validation' and known else PixelCounts(), dict(validation='val', test='test')[rule]
+    if counts is not known:
+        for _, _, scores, truth in predict(net, dict(val=val, test=test)[part], rows[part], crop, truths[part], device): counts.add(scores, truth)
     if not counts.true.sum(): return .5, f'.5, since the {rule} films have no true pixel'
     return counts.best_cut(), 'validation' if rule == 'validation' else 'chosen on the test films: an optimistic bound'
 
-def _test(net, val, test, p, target, boxes, limit, device, progress) -> TaskResult:
+def _test(net, val, test, p, target, boxes, limit, device, progress, known=None) -> TaskResult:
     "Threshold, then one pass over the test films."
     import pandas as pd
     crop = _augment(p, net.start, 0)
     rows = dict(val=_some(val, limit) if val is not None else None, test=_some(test, limit))
     truths = dict(val=_Truth(val, target, boxes) if val is not None else None, test=_Truth(test, target, boxes))
-    cut, why = _choose(p.threshold, net, val, test, truths, rows, crop, device)
+    cut, why = _choose(p.threshold, net, val, test, truths, rows, crop, device, known)
     counts, tables, whole = PixelCounts(), [], 0
     for batch, _, scores, truth in predict(net, test, rows['test'], crop, truths['test'], device, progress=progress):
         counts.add(scores, truth); whole += float(truths['test'](batch).float().mean((1, 2, 3)).sum())
@@ -317,7 +318,7 @@ def finetune(store, # RadiographStore with masks (or boxes) and splits
     "Train a U-Net on a share of the masks and test it. Raises `G2DError` for a store without masks, or a start that does not fit."
     p, start = _protocol(protocol, store, fraction), find_start(start, profile, parts)
     net, fitted, (val, test), about = _trained(store, start, p, fraction, seed, target, boxes, draw, max_steps, limit, out, device, progress)
-    result = _test(net, val, test, p, target, boxes, limit, device, progress)
+    result = _test(net, val, test, p, target, boxes, limit, device, progress, about.pop('counts'))
     before = about.pop('encoder')
     result.about = about | result.about | dict(start=start.name, parts=list(start.parts) if start.checkpoint else [], protocol=p.to_dict(), seed=seed, max_steps=max_steps, steps=fitted.steps,
         best_epoch=fitted.best_epoch, log=fitted.log, seconds=fitted.seconds, encoder_unchanged=before == state_print(net.image_encoder))
@@ -331,8 +332,9 @@ def _trained(store, start, p, fraction, seed, target, boxes, draw, max_steps, li
     net = SegmentationNet(start, p.freeze).to(device)
     about |= dict(weights=net.image_encoder.weights, encoder=state_print(net.image_encoder))
     net.key = state_print(net) + train.hash + str(target) + str(boxes) + str(limit)
-    fitted = fit(net, len(train), _loss_of(net, train, p, target, boxes, seed, device), _validation(net, val, p, target, boxes, limit, device), p, seed, out, max_steps, progress)
-    return net, fitted, (val, test), about
+    validate = _validation(net, val, p, target, boxes, limit, device)
+    fitted = fit(net, len(train), _loss_of(net, train, p, target, boxes, seed, device), validate, p, seed, out, max_steps, progress)
+    return net, fitted, (val, test), about | dict(counts=validate.best)
 
 # %% ../../nbs/tasks/51_segmentation.ipynb #130bc694
 def _loss_of(net, train, p, target, boxes, seed, device):
@@ -344,15 +346,17 @@ def _loss_of(net, train, p, target, boxes, seed, device):
     return loss_of
 
 def _validation(net, val, p, target, boxes, limit, device):
-    "Loss (mean over films) and pooled Dice at one half on validation films."
+    "Loss (mean over films) and pooled Dice at one half on validation films; the counts of the last call, and of the best, stay with the function."
     crop, truth, rows = _augment(p, net.start, 0), _Truth(val, target, boxes), _some(val, limit)
     def validate():
-        losses, counts = [], PixelCounts(20)
+        losses, counts = [], PixelCounts()
         for batch in np.array_split(rows, -(-len(rows)//64)):
             images, masks = crop(films(val, batch, device), step=0, masks=truth(batch, device), train=False)
             logits = net(images)
             losses.append(float(task_loss(p.loss, logits, masks.float()))*len(batch)); counts.add(logits.sigmoid().float().cpu().numpy(), masks.cpu().numpy())
-        return dict(val_loss=sum(losses)/len(rows), val_dice=counts.curve()['dice'][10])
+        validate.last = counts
+        return dict(val_loss=sum(losses)/len(rows), val_dice=counts.curve()['dice'][len(counts.cuts)//2])
+    validate.last = validate.best = None
     return validate
 
 # %% ../../nbs/tasks/51_segmentation.ipynb #44213e7f

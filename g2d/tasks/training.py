@@ -235,6 +235,7 @@ def _validate(self: _Loop, train_loss):
     self.log.append(dict(epoch=self.epoch, step=self.step, train_loss=train_loss) | {k: float(v) for k, v in found.items()})
     if value < self.best or self.best_state is None: # not a number is never better
         self.best, self.best_epoch = value if value == value else float('inf'), self.epoch
+        if hasattr(self.validate, 'last'): self.validate.best = self.validate.last     # what it has seen of the best state
         self.best_state = {k: v.detach().clone() for k, v in self.net.state_dict().items()}
 
 @patch
