@@ -163,29 +163,31 @@ def model(self: Checkpoint, device='cpu', **overrides):
 @patch
 def export_timm(self: Checkpoint, path: str | Path) -> Path:
     "Write the image encoder as safetensors for a stock timm model; the header says how to build it."
+    from g2d.models.image_encoder import wrapped_by_timm
     encoder, p = self.model().image_encoder, self.profile
     options = f'in_chans={p.in_chans}' + ('' if p.output_stride == 32 else f', output_stride={p.output_stride}')
     if p.encoder_depth == 5 or encoder.vit: return _export(path, encoder.timm_state_dict(), p, f'timm.create_model("{p.image_encoder}", num_classes=0, {options})')
     # the last stages were never built: timm's own feature extractor leaves them out in the same way, but for EfficientNets and MobileNets, of which only the wrapping one does
-    maps, wrapped = tuple(encoder.net.feature_info.out_indices), hasattr(encoder.net, '_stage_out_idx')
+    maps, wrapped = tuple(encoder.net.feature_info.out_indices), wrapped_by_timm(encoder.net)
     weights = {f'model.{k}' if wrapped else k: v for k, v in encoder.net.state_dict().items()}
     how = "features_only=True, feature_cls='getter'" if wrapped else 'features_only=True'
     return _export(path, weights, p, f'timm.create_model("{p.image_encoder}", {how}, out_indices={maps}, {options})')
 
 @patch
 def export_unet(self: Checkpoint, path: str | Path) -> Path:
-    "Write encoder, decoder and head as safetensors for `segmentation_models_pytorch.Unet`; the header says how to build it."
+    "Write encoder, decoder and head as safetensors for `segmentation_models_pytorch.Unet`; the header says how to build it, and where smp computes otherwise."
     from g2d.models.decoder import to_smp, smp_arguments
     net = self.model()
     if net.decoder is None: raise G2DError(f'{self.path or "This checkpoint"} has no mask decoder: there is no U-Net to export; export_timm writes its encoder.')
     arguments = ', '.join(f'{k}={v!r}' for k, v in smp_arguments(net.image_encoder, net.decoder).items())
-    return _export(path, to_smp(net.image_encoder, net.decoder), self.profile, f'segmentation_models_pytorch.Unet({arguments})')
+    half = dict(note='trained with decoder_scale=2: its last block computed at half resolution and the logits were enlarged; smp decodes at full resolution, so train it on before use')
+    return _export(path, to_smp(net.image_encoder, net.decoder), self.profile, f'segmentation_models_pytorch.Unet({arguments})', half if net.decoder.scale == 2 else {})
 
-def _export(path, weights, profile, how):
+def _export(path, weights, profile, how, more=()):
     "Write plain weights; the header says how to load them and which intensities they expect."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = dict(load_with=how, normalise=profile.normalise, trained_by='g2d', profile=profile.name)
+    about = dict(load_with=how, normalise=profile.normalise, trained_by='g2d', profile=profile.name) | dict(more)
     with atomic_path(path) as temporary:
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}, temporary, metadata=about)
     return path

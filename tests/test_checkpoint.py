@@ -79,6 +79,25 @@ def test_exports_load_in_stock_timm_and_smp(tmp_path, name, stride, chans, depth
             torch.testing.assert_close(again.image_encoder(images)[-1], net.image_encoder(images)[-1], atol=1e-5, rtol=1e-5)
 
 
+def test_weights_of_smps_own_efficientnet_come_back(tmp_path):
+    "smp by itself builds the stages behind the last map, too; they are passed over."
+    import segmentation_models_pytorch as smp
+    from g2d.models.decoder import from_smp
+    net = G2D(profile('demo', **SMALL | dict(image_encoder='tf_efficientnet_lite0'))).eval()
+    theirs = smp.Unet('tu-tf_efficientnet_lite0', encoder_weights=None, encoder_depth=4, in_channels=1, classes=1, decoder_channels=net.decoder.widths).eval()
+    from_smp(theirs.state_dict(), net.image_encoder, net.decoder)
+    images = torch.rand(2, 1, 64, 64)
+    with torch.no_grad(): torch.testing.assert_close(theirs(net.image_encoder.prepare(images)), net(images, ['a', 'b']).mask_logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_decoder_at_half_resolution_says_so_in_its_export(tmp_path):
+    "smp has no such decoder: the weights fit, and the header says that they compute otherwise there."
+    from safetensors import safe_open
+    for scale in (1, 2):
+        c = Checkpoint.of(G2D(profile('demo', **SMALL | dict(decoder_scale=scale))))
+        with safe_open(c.export_unet(tmp_path/f'{scale}.safetensors'), 'pt') as file: assert ('decoder_scale=2' in file.metadata().get('note', '')) == (scale == 2)
+
+
 def test_another_architecture_is_refused(trained, tmp_path):
     net, _ = trained
     c = Checkpoint.of(net).save(tmp_path/'c.safetensors')

@@ -353,3 +353,29 @@ def test_a_decoder_with_a_mask_for_each_head_becomes_one(tmp_path):
     net = SegmentationNet(find_start(Checkpoint.of(model), parts=('encoder', 'decoder'))).eval()
     images = torch.rand(2, 1, 64, 64)
     with torch.no_grad(): assert torch.allclose(net(images), model(images, ['a', 'b']).mask_logits.mean(1, keepdim=True), atol=1e-5)
+
+
+def test_a_decoder_keeps_the_resolution_that_it_was_trained_at():
+    "A decoder that ended at half resolution in pre-training does so in the task: the pre-trained net and the net of the task give the same."
+    torch.manual_seed(0)
+    for scale in (1, 2):
+        net = G2D(SMALL.replace(decoder_scale=scale)).eval()
+        ours = SegmentationNet(find_start(Checkpoint.of(net), parts=('encoder', 'decoder'))).eval()
+        images = torch.rand(2, 1, 64, 64)
+        assert ours.decoder.scale == scale
+        with torch.no_grad(): torch.testing.assert_close(ours(images), net(images, ['a', 'b']).mask_logits)
+
+
+def test_the_threshold_of_the_last_validation_is_that_of_another_pass(store, source, tmp_path, monkeypatch):
+    "The counts of the best validation are used again; a resumed training, which has none, makes the pass."
+    import g2d.tasks.segmentation as S
+    passes, plain = [], S.predict
+    def counted(net, view, rows, *more, **options):
+        passes.append(len(rows))
+        return plain(net, view, rows, *more, **options)
+    monkeypatch.setattr(S, 'predict', counted)
+    first = finetune(store, source, DEMO, 1., max_steps=6, out=tmp_path/'a')
+    n = len(passes)
+    again = finetune(store, source, DEMO, 1., max_steps=6, out=tmp_path/'a')          # finished: it only tests
+    assert len(passes) - n == n + 1                                                # one pass more: over the validation films
+    assert first.about['threshold'] == again.about['threshold'] and first.metrics == again.metrics and first.about['threshold_from'] == 'validation'

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ..settings import G2DError
-from .image_encoder import ImageEncoder
+from .image_encoder import ImageEncoder, wrapped_by_timm
 
 # %% ../../nbs/models/23_decoder.ipynb #c5ea6a7e
 def _conv_bn_relu(width_in, width_out):
@@ -79,11 +79,11 @@ def smp_encoder(encoder: ImageEncoder) -> tuple[str, str]: # smp's encoder name,
     plain = encoder.name.split('.')[0]
     if encoder.vit: raise G2DError(f'smp.Unet has no ViT encoder; the weights of {plain} can be exported for timm.')
     if plain in SMP_RESNETS and encoder.output_stride == 32 and encoder.depth == 5: return plain, 'encoder.'
-    return f'tu-{plain}', 'encoder.model.'
+    return f'tu-{plain}', 'encoder.model.model.' if wrapped_by_timm(encoder.net) else 'encoder.model.'
 
 def smp_arguments(encoder: ImageEncoder, decoder: UNetDecoder) -> dict: # keywords of smp.Unet
     "How to build the `smp.Unet` that `to_smp`'s weights load into."
-    extra = dict(output_stride=encoder.output_stride) if encoder.output_stride != 32 else {}
+    extra = (dict(output_stride=encoder.output_stride) if encoder.output_stride != 32 else {}) | (dict(feature_cls='getter') if wrapped_by_timm(encoder.net) else {})
     return dict(encoder_name=smp_encoder(encoder)[0], encoder_weights=None, encoder_depth=len(encoder.channels), in_channels=encoder.in_chans,
                 classes=decoder.classes, decoder_channels=decoder.widths, **extra)
 
@@ -99,11 +99,19 @@ def to_smp(encoder: ImageEncoder, decoder: UNetDecoder) -> dict[str, Tensor]: # 
     states = {module: module.state_dict() for module in (encoder.net, decoder)}
     return {theirs: states[module][ours] for theirs, module, ours in _smp_names(encoder, decoder)}
 
+def _as_wrapped(state, encoder):
+    "Names of smp's own choice for an EfficientNet, which holds stages behind the last map, as those of the network without them."
+    prefix = smp_encoder(encoder)[1]
+    if not prefix.endswith('model.model.') or any(name.startswith(prefix) for name in state): return state
+    rest = tuple(f'encoder.model.blocks.{k}.' for k in range(len(encoder.net.blocks), 20))
+    return {name.replace('encoder.model.', prefix, 1) if name.startswith('encoder.model.') else name: value for name, value in state.items() if not name.startswith(rest)}
+
 def from_smp(state: dict[str, Tensor], # state dict of an smp.Unet
              encoder: ImageEncoder, # filled in place
              decoder: UNetDecoder # filled in place
             ) -> None:
     "Load the weights of an `smp.Unet`. Raises `G2DError` that names what is missing, unexpected or of another shape; then nothing is changed."
+    state = _as_wrapped(state, encoder)
     names, states = list(_smp_names(encoder, decoder)), {module: module.state_dict() for module in (encoder.net, decoder)}
     missing = [theirs for theirs, *_ in names if theirs not in state]
     unexpected = sorted(set(state) - {theirs for theirs, *_ in names})

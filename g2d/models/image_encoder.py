@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'intensity_statistics', 'check_images', 'read_weights', 'whole_names', 'fit_weights',
-           'is_vit', 'offline_weights', 'build_network', 'pyramid', 'build_vit', 'vit_pyramid', 'frozen_modules',
-           'fold_frozen', 'ImageEncoder']
+           'is_vit', 'offline_weights', 'build_network', 'wrapped_by_timm', 'pyramid', 'build_vit', 'vit_pyramid',
+           'frozen_modules', 'fold_frozen', 'ImageEncoder']
 
 # %% ../../nbs/models/20_image_encoder.ipynb #4f5b983f
 import difflib
@@ -189,8 +189,12 @@ def _stages(name, depth):
 def _without_rest(net):
     "Without blocks behind the last map: timm leaves them out of most networks, but EfficientNets and MobileNets hold and compute them."
     stages = getattr(net, '_stage_out_idx', None)       # of these two families, {stage: map}, 0 being the stem
-    if stages and net.feature_hooks is None and len(net.blocks) > max(stages): net.blocks = net.blocks[:max(stages)]
+    if stages and net.feature_hooks is None and len(net.blocks) > max(stages): net.blocks, net.rest_left_out = net.blocks[:max(stages)], True
     return net
+
+def wrapped_by_timm(net) -> bool: # whether timm builds it without those blocks by `feature_cls='getter'` alone
+    "True for an EfficientNet or MobileNet whose last blocks were left out."
+    return getattr(net, 'rest_left_out', False)
 
 def _why_not(name, pretrained, output_stride, error):
     if output_stride != 32 and (isinstance(error, AssertionError) or 'output_stride' in str(error)):
