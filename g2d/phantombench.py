@@ -253,6 +253,16 @@ def _longer(add, rows):
         part = rows[rows['method'].isin([own, f'{own} shuffled'])]
         add(f'Longer run: "{own}" against the masks of other films, paired by seed', paired_table(part, f'{own} shuffled').drop(columns='reference'))
 
+def _attention(folder, add):
+    "Masks over training, and where attention looks."
+    if (folder/'course.csv').is_file(): add('Over training, on validation films', course_table(pd.read_csv(folder/'course.csv')))
+    if (folder/'attention.csv').is_file():
+        frame = pd.read_csv(folder/'attention.csv')
+        for column, words in dict(map='head', step='upsampled|masked|binary').items():     # in the file, too many for a page
+            if column in frame: frame = frame[~frame[column].str.contains(words)]
+        add('Where attention looks', attention_table(frame))
+
+# %% ../nbs/64_phantombench.ipynb #2bac1f23
 def bench_text(folder: str | Path | None = None, # where the CSVs lie
                form: str = 'markdown' # markdown, latex or csv
               ) -> str:
@@ -277,12 +287,3 @@ def bench_text(folder: str | Path | None = None, # where the CSVs lie
     _attention(folder, add)
     if not parts: raise G2DError(f'{folder} holds none of methods.csv, ideas.csv, longer.csv, real.csv and attention.csv.')
     return '\n'.join(parts)
-
-def _attention(folder, add):
-    "Masks over training, and where attention looks."
-    if (folder/'course.csv').is_file(): add('Over training, on validation films', course_table(pd.read_csv(folder/'course.csv')))
-    if (folder/'attention.csv').is_file():
-        frame = pd.read_csv(folder/'attention.csv')
-        for column, words in dict(map='head', step='upsampled|masked|binary').items():     # in the file, too many for a page
-            if column in frame: frame = frame[~frame[column].str.contains(words)]
-        add('Where attention looks', attention_table(frame))

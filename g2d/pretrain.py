@@ -145,21 +145,7 @@ def _texts(self: Pretrainer):
     if 'all' in (p.train_split, self.val_split) or self.val_split is None: return index['text'].dropna().tolist()
     return index.loc[index['split'].isin([p.train_split, self.val_split]).fillna(False), 'text'].dropna().tolist()
 
-@patch
-def _warm_text_cache(self: Pretrainer):
-    "Fill the text cache in a fixed order, where it is used: whole features of a frozen encoder, or the states below its trained layers."
-    p, encoder = self.profile, self.net.text_encoder
-    if p.text_cache != 'off' and encoder.prefix and p.method != 'mpma':
-        from g2d.settings import settings
-        self.net.to(self.device)
-        encoder.keep_prefixes(self._texts(), p.text_cache, p.text_cache_gb*1e9, Path(settings.output_root)/'text_features', progress=self.progress)
-    if not self._texts_are_still(): return
-    self.net.to(self.device)
-    n = self.accelerator.num_processes
-    self._encode_share(self.accelerator.process_index, n)
-    self.accelerator.wait_for_everyone()
-    for k, part in enumerate(self._text_shares(n) if n > 1 else []): self.net.text_encoder.warm_cache(part, folder=_text_folder(), progress=False, add=k > 0)
-
+# %% ../nbs/41_pretrain.ipynb #943f4d8a
 def _text_folder():
     from g2d.settings import settings
     return Path(settings.output_root)/'text_features'
@@ -179,6 +165,22 @@ def _text_shares(self: Pretrainer, n):
 def _encode_share(self: Pretrainer, rank, n):
     "Each process computes features of its share of the texts, for a file in which the others find them."
     if self._texts_are_still(): self.net.text_encoder.warm_cache(self._text_shares(n)[rank], folder=_text_folder(), progress=self.progress and rank == 0)
+
+# %% ../nbs/41_pretrain.ipynb #73d951b9
+@patch
+def _warm_text_cache(self: Pretrainer):
+    "Fill the text cache in a fixed order, where it is used: whole features of a frozen encoder, or the states below its trained layers."
+    p, encoder = self.profile, self.net.text_encoder
+    if p.text_cache != 'off' and encoder.prefix and p.method != 'mpma':
+        from g2d.settings import settings
+        self.net.to(self.device)
+        encoder.keep_prefixes(self._texts(), p.text_cache, p.text_cache_gb*1e9, Path(settings.output_root)/'text_features', progress=self.progress)
+    if not self._texts_are_still(): return
+    self.net.to(self.device)
+    n = self.accelerator.num_processes
+    self._encode_share(self.accelerator.process_index, n)
+    self.accelerator.wait_for_everyone()
+    for k, part in enumerate(self._text_shares(n) if n > 1 else []): self.net.text_encoder.warm_cache(part, folder=_text_folder(), progress=False, add=k > 0)
 
 # %% ../nbs/41_pretrain.ipynb #7efdeb91
 def mask_teacher(net) -> torch.nn.Module:

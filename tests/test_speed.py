@@ -402,7 +402,7 @@ def test_memory_is_given_back_at_the_end_of_a_training():
     "What is kept between steps does not stay with a notebook."
     import json, subprocess, sys
     def child(give_back):
-        code = f'import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_speed import held_after_training; print(json.dumps(held_after_training({give_back})))'
+        code = f'import json, sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r}); from test_speed import held_after_training; print(json.dumps(held_after_training({give_back})))'
         return json.loads(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     kept, given = child(False), child(True)
     if not kept['after']: pytest.skip('glibc only')
