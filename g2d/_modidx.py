@@ -1462,6 +1462,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'g2d.runs.log_to': ('runs.html#log_to', 'g2d/runs.py'),
                           'g2d.runs.plan_rows': ('runs.html#plan_rows', 'g2d/runs.py'),
                           'g2d.runs.read_rows': ('runs.html#read_rows', 'g2d/runs.py'),
+                          'g2d.runs.rows_wanted': ('runs.html#rows_wanted', 'g2d/runs.py'),
                           'g2d.runs.run_table': ('runs.html#run_table', 'g2d/runs.py'),
                           'g2d.runs.serve': ('runs.html#serve', 'g2d/runs.py'),
                           'g2d.runs.summary': ('runs.html#summary', 'g2d/runs.py')},

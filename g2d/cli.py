@@ -181,11 +181,12 @@ def run(table: Annotated[Path, typer.Argument(help='CSV or YAML: a row names an 
         slurm: Annotated[Optional[list[str]], typer.Option(help='an option for submitit, name=value, such as slurm_partition=gpu or timeout_min=600; may be repeated')] = None,
         output: Annotated[Optional[Path], typer.Option(help='folder of the runs; settings.ini if not given')] = None,
         dry_run: Annotated[bool, typer.Option('--dry-run', help='show what would run, what is done and how long it may take')] = False,
+        only: Annotated[Optional[list[str]], typer.Option(help='only the row of this name (* stands for anything), and the rows that it needs; may be repeated')] = None,
         again: Annotated[bool, typer.Option('--again', help='run again what is done')] = False,
         sink: Annotated[Optional[str], typer.Option(help='also send parameters and metrics to mlflow or trackio')] = None):
     "Run a table of experiments in batch; a killed one continues with the same command."
     from g2d.runs import run_table
-    found = run_table(table, workers, executor, output, again=again, dry_run=dry_run, sink=sink, slurm=pairs(slurm, '--slurm'))
+    found = run_table(table, workers, executor, output, again=again, dry_run=dry_run, only=only, sink=sink, slurm=pairs(slurm, '--slurm'))
     if dry_run: return _show_plan(found, workers or 1)
     counts = found['state'].value_counts()
     print(', '.join(f'{n} {state}' for state, n in counts.items()) + f' of {len(found)}; the folders are in {Path(found["folder"].iloc[0]).parents[1]}')

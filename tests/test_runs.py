@@ -96,6 +96,20 @@ def test_threads_of_a_row_are_those_of_its_kernel_and_of_its_key(tmp_path):
     assert [r.threads for r in read_rows(tmp_path/'t.csv')] == [2, None]
 
 
+def test_one_row_and_what_it_needs(square, tmp_path, monkeypatch, capsys):
+    from g2d.cli import main
+    rows = table(tmp_path/'t.csv', [[square, 'first', 1, '', ''], [square, 'second, [x]', 2, '', 'run:first/metrics.json'], [square, 'third', 3, '', '']], 'experiment,name,n,wait,diary')
+    rows.write_text(rows.read_text().replace('second, [x]', '"second, [x]"'))
+    found = run_table(rows, output_root=tmp_path/'out', progress=False, only=['second*'], dry_run=True)
+    assert found['name'].tolist() == ['first', 'second, [x]'] and found['row'].tolist() == [2, 3]
+    for word, code, said in (('third', 0, '1 done of 1'), ('third', 0, '1 done of 1'), ('fourth', 2, 'No row of')):
+        monkeypatch.setattr(sys, 'argv', ['g2d', 'run', str(rows), '--output', str(tmp_path/'out'), '--only', word])
+        with pytest.raises(SystemExit) as stop: main()
+        printed = capsys.readouterr()
+        assert stop.value.code in ((0, None) if code == 0 else (code,)) and said in printed.out + printed.err
+    assert len(list((tmp_path/'out'/'square').glob('*/done.json'))) == 1
+
+
 def test_one_failure_among_twelve(square, tmp_path, monkeypatch, capsys):
     from g2d.cli import main
     diary = tmp_path/'diary'
