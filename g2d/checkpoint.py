@@ -140,13 +140,14 @@ def load(cls: Checkpoint, path: str | Path # a checkpoint file, or the folder of
 @patch
 def load_into(self: Checkpoint, model) -> None:
     "Load the weights into `model`, strictly. Raises `G2DError` naming what does not fit."
-    own = model.state_dict()
-    wrong = [f'{k} is {tuple(v.shape)} here and {tuple(self.weights[k].shape)} there' for k, v in own.items() if k in self.weights and v.shape != self.weights[k].shape]
-    wrong += [f'{k} is missing' for k in own if k not in self.weights] + [f'{k} is not in the model' for k in self.weights if k not in own]
+    from g2d.models.image_encoder import held
+    own, weights = model.state_dict(), held(model.image_encoder.net, self.weights, 'image_encoder.net.') if hasattr(model, 'image_encoder') else self.weights
+    wrong = [f'{k} is {tuple(v.shape)} here and {tuple(weights[k].shape)} there' for k, v in own.items() if k in weights and v.shape != weights[k].shape]
+    wrong += [f'{k} is missing' for k in own if k not in weights] + [f'{k} is not in the model' for k in weights if k not in own]
     if wrong:
         raise G2DError(f'The checkpoint {self.path or ""} ({self.profile.image_encoder}, {self.profile.text_encoder}) does not fit this model '
                        f'({model.profile.image_encoder}, {model.profile.text_encoder}): {len(wrong)} tensors differ, first: {"; ".join(wrong[:2])}.')
-    model.load_state_dict(self.weights)
+    model.load_state_dict(weights)
 
 # %% ../nbs/40_checkpoint.ipynb #9e3ebf93
 @patch

@@ -101,14 +101,6 @@ def write_page(done: dict, # title -> folder of the run
     return path
 
 # %% ../nbs/81_demo.ipynb #07e079b9
-def _waves(runs):
-    "Lists of runs that can go on at the same time; each pre-training has one of its own."
-    waves = []
-    for run in runs:
-        if not waves or 'pretrain' in (run[1], waves[-1][-1][1]): waves.append([])
-        waves[-1].append(run)
-    return waves
-
 def _timed(title, notebook, parameters, again):
     "Run a notebook and say how long it took; returns its folder."
     from g2d.runs import run_notebook
@@ -118,17 +110,38 @@ def _timed(title, notebook, parameters, again):
     print(f'== {title}: {time.time()-started:.0f} s, {folder}', file=sys.stderr, flush=True)
     return folder
 
+def _trained(folder, since):
+    "Whether the pre-training in a run's folder has ended: its notebook writes the steps then, and all other figures later."
+    path = folder/'metrics.json'
+    try: return path.exists() and path.stat().st_mtime >= since and 'steps' in read_json(path)
+    except (G2DError, OSError): return False       # a run that begins again is removing it
+
+def _in_turn(runs, # of `demo_runs`
+             start, # (title, notebook, parameters) -> future of the folder
+             place, # (notebook, parameters) -> the folder that the run will have
+             trained=_trained, wait=time.sleep
+            ) -> dict: # title -> folder
+    "Start each run as early as it can be. Raises what one of them raised."
+    places, going = {}, {}
+    for title, notebook, parameters in runs:
+        if notebook == 'pretrain': [other.result() for other in going.values()]
+        given, since = parameters(places), time.time()
+        going[title], places[title] = start(title, notebook, given), place(notebook, given)
+        while notebook == 'pretrain' and not going[title].done() and not trained(places[title], since): wait(.1)
+        if going[title].done(): going[title].result()
+    return {title: future.result() for title, future in going.items()}
+
 # %% ../nbs/81_demo.ipynb #7f06f76a
 def demo(out: Path | str | None = None, # folder of the page; outputs/demo if None
          images: int = 2000, real: bool = True, again: bool = False, quick: bool = False
         ) -> Path: # the HTML page
     "Run the demo. Real films are left out, with a note, when no data root is set."
     from g2d.settings import settings
-    out, notes, done = Path(out or settings.output_root/'demo'), [], {}
+    from g2d.notebooks import find_notebook, run_folder
+    out, notes = Path(out or settings.output_root/'demo'), []
     if real and settings.data_root is None:
         notes.append('Real films are not shown: no data root is set (environment G2D_DATA).')
-    for wave in _waves(demo_runs(images, real and settings.data_root is not None, quick)):
-        with ThreadPoolExecutor(len(wave)) as pool:      # a thread waits for its kernel, which is a process of its own
-            found = [(title, pool.submit(_timed, title, notebook, parameters(done), again)) for title, notebook, parameters in wave]
-            done |= {title: folder.result() for title, folder in found}
+    runs = demo_runs(images, real and settings.data_root is not None, quick)
+    with ThreadPoolExecutor(len(runs)) as pool:      # a thread waits for its kernel, which is a process of its own
+        done = _in_turn(runs, lambda title, notebook, given: pool.submit(_timed, title, notebook, given, again), lambda notebook, given: run_folder(find_notebook(notebook), given))
     return write_page(done, out/'index.html', notes)

@@ -79,6 +79,21 @@ def test_exports_load_in_stock_timm_and_smp(tmp_path, name, stride, chans, depth
             torch.testing.assert_close(again.image_encoder(images)[-1], net.image_encoder(images)[-1], atol=1e-5, rtol=1e-5)
 
 
+def test_a_checkpoint_that_holds_the_last_stages_still_loads(tmp_path):
+    "As they were written before EfficientNets were built without them."
+    import timm
+    from dataclasses import replace
+    from g2d.tasks.training import find_start, make_encoder
+    net = G2D(profile('demo', **SMALL | dict(image_encoder='tf_efficientnet_lite0'))).eval()
+    whole = timm.create_model('tf_efficientnet_lite0', features_only=True, out_indices=(0, 1, 2, 3), in_chans=1).state_dict()
+    c = Checkpoint.of(net)
+    old = replace(c, weights={f'image_encoder.net.{k}': v for k, v in whole.items()} | c.weights)
+    assert len(old.weights) > len(c.weights)
+    again, images = old.model(), torch.rand(2, 1, 64, 64)
+    for ours in (again.image_encoder, make_encoder(find_start(old)).eval()): torch.testing.assert_close(ours(images)[-1], net.image_encoder(images)[-1])
+    with pytest.raises(G2DError, match='is not in the model'): replace(c, weights=c.weights | {'image_encoder.net.blocks.1.9.x': torch.zeros(1)}).model()
+
+
 def test_weights_of_smps_own_efficientnet_come_back(tmp_path):
     "smp by itself builds the stages behind the last map, too; they are passed over."
     import segmentation_models_pytorch as smp

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'intensity_statistics', 'check_images', 'read_weights', 'whole_names', 'fit_weights',
-           'is_vit', 'offline_weights', 'build_network', 'wrapped_by_timm', 'pyramid', 'build_vit', 'vit_pyramid',
-           'frozen_modules', 'fold_frozen', 'ImageEncoder']
+           'is_vit', 'offline_weights', 'build_network', 'wrapped_by_timm', 'held', 'pyramid', 'build_vit',
+           'vit_pyramid', 'frozen_modules', 'fold_frozen', 'ImageEncoder']
 
 # %% ../../nbs/models/20_image_encoder.ipynb #4f5b983f
 import difflib
@@ -195,6 +195,13 @@ def _without_rest(net):
 def wrapped_by_timm(net) -> bool: # whether timm builds it without those blocks by `feature_cls='getter'` alone
     "True for an EfficientNet or MobileNet whose last blocks were left out."
     return getattr(net, 'rest_left_out', False)
+
+def held(net, weights: dict, # of a checkpoint
+         prefix: str = '' # of the network's tensors in it
+        ) -> dict: # the weights without those of blocks that were left out
+    "Checkpoints from before these blocks were left out hold them, untrained."
+    gone = lambda name: name.startswith(f'{prefix}blocks.') and int(name.removeprefix(f'{prefix}blocks.').partition('.')[0]) >= len(net.blocks)
+    return {k: v for k, v in weights.items() if not gone(k)} if wrapped_by_timm(net) else weights
 
 def _why_not(name, pretrained, output_stride, error):
     if output_stride != 32 and (isinstance(error, AssertionError) or 'output_stride' in str(error)):

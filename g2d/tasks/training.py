@@ -71,6 +71,9 @@ def load_part(module: nn.Module, checkpoint: Checkpoint, name: str # image_encod
              ) -> None:
     "Copy one part of a G2D checkpoint. Raises `G2DError` when it does not fit."
     part = {k[len(name)+1:]: v for k, v in checkpoint.weights.items() if k.startswith(name + '.')}
+    if name == 'image_encoder':
+        from g2d.models.image_encoder import held
+        part = held(module.net, part, 'net.')
     own = module.state_dict()
     if wrong := [k for k in own if k not in part or part[k].shape != own[k].shape]:
         raise G2DError(f'The {name.replace("_", " ")} of {checkpoint.path or "the checkpoint"} does not fit: {len(wrong)} tensors differ, first {wrong[0]}.')
