@@ -67,8 +67,8 @@ def _split_source(text):
 
 def evidence():
     "The table of results/README.md (file, what, command, machine), and what stands before and after it."
-    text = (root/'results'/'README.md').read_text(encoding='utf-8')
-    lines = text.splitlines()
+    from g2d.evidence import plain
+    lines = plain((root/'results'/'README.md').read_text(encoding='utf-8')).splitlines()
     at = [i for i, line in enumerate(lines) if line.startswith('|')]
     end = next(i for i in range(at[0], len(lines) + 1) if i == len(lines) or not lines[i].startswith('|'))
     rows = [[c.strip() for c in re.split(r'(?<!\\)\|', line)[1:-1]] for line in lines[at[0] + 2:end]]

@@ -249,8 +249,9 @@ def _found(out, folder, update):
     "What we found, or its figures anew."
     from g2d.evidence import _folder, found_page, refresh_file
     if not update: return _print_or_write(found_page(folder), out, 'The page is')
-    path = _folder(folder)/'found.md'
-    print(f'{refresh_file(path, folder)} figures of {path} have changed')
+    for name in ('found.md', 'README.md'): # the page, and the longer text beside the tables
+        path = _folder(folder)/name
+        if name == 'found.md' or path.is_file(): print(f'{refresh_file(path, folder)} figures of {path} have changed')
 
 def _phantombench(what, form, table, out, output, folder, update):
     "The tables of the benchmark, or its files anew."

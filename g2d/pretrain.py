@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'CsvLog', 'Pretrainer', 'parameter_groups', 'seed_everything', 'mask_teacher', 'averaged_tensors',
-           'pretrain']
+           'smaller', 'pretrain']
 
 # %% ../nbs/41_pretrain.ipynb #e240009c
 import csv, math, os, socket, sys, time
@@ -67,12 +67,13 @@ class Pretrainer:
 
 # %% ../nbs/41_pretrain.ipynb #a3943fc7
 def parameter_groups(net, profile: Profile) -> list: # groups for the optimiser, with the factor of each
-    "Trainable parameters by how fast they learn: everything else, the new heads (projectors and pool), and what rebuilds films and reports."
+    "Trainable parameters by how fast they learn: everything else, the new heads (projectors and pool), what rebuilds films and reports, and a decoder of masks with a rate of its own."
     def of(*names): return {id(x) for name in names if getattr(net, name, None) is not None for x in getattr(net, name).parameters()}
     heads, rebuild = of('image_projector', 'text_projector', 'word_projector', 'pool'), of('pixel_decoder', 'report_decoder')
+    masks = of('decoder') if profile.decoder_lr_factor != 1 else set()
     trained = [x for x in net.parameters() if x.requires_grad]
-    groups = [dict(params=[x for x in trained if id(x) not in heads | rebuild], factor=1.), dict(params=[x for x in trained if id(x) in heads], factor=profile.head_lr_factor)]
-    return groups + ([dict(params=[x for x in trained if id(x) in rebuild], factor=profile.rebuild_lr_factor)] if rebuild else [])
+    groups = [dict(params=[x for x in trained if id(x) not in heads | rebuild | masks], factor=1.), dict(params=[x for x in trained if id(x) in heads], factor=profile.head_lr_factor)]
+    return groups + [dict(params=[x for x in trained if id(x) in some], factor=factor) for some, factor in ((rebuild, profile.rebuild_lr_factor), (masks, profile.decoder_lr_factor)) if some]
 
 # %% ../nbs/41_pretrain.ipynb #4534c4b0
 def seed_everything(seed: int) -> None:
@@ -223,12 +224,19 @@ def _target(self: Pretrainer, out, images, texts, shift): # -> [B, k, H, W]
         return dense_target(self.profile, self.pseudo_mask, out, images, shift, texts, net)
 
 # %% ../nbs/41_pretrain.ipynb #d7cb8447
+def smaller(images, # [B, C, H, W]
+            size: int): # -> [B, C, size, size]
+    "Films at another side, for the first steps. Raises `G2DError` for a side that is not smaller."
+    if not 32 <= size <= min(images.shape[-2:]): raise G2DError(f'global_only_size is {size}; expected 0, or 32 to the side of the crop, {min(images.shape[-2:])} pixels.')
+    return torch.nn.functional.interpolate(images, size=(size, size), mode='bilinear', antialias=True, align_corners=False)
+
 @patch
 def step(self: Pretrainer, batch) -> dict: # losses as tensors, without gradient
     "Forward and backward of one batch."
     torch.manual_seed((self.profile.seed*1_000_003 + batch.global_step*1_009 + self.accelerator.process_index) % 2**31)
     images, _ = self.augment(batch.images.to(self.device, non_blocking=True), step=batch.global_step)
     dense = self.done_steps >= self.profile.global_only_steps and self.profile.dense_target != 'none'
+    if self.done_steps < self.profile.global_only_steps and self.profile.global_only_size: images = smaller(images, self.profile.global_only_size)
     if self.profile.grad_cache_chunk: return self._cached_step(batch, images, dense)
     texts = self.net.text_encoder.tokenize(batch.texts) if self.profile.compile and not self.net.text_encoder.frozen else batch.texts
     out = self.model(images, texts, decode=dense)

@@ -88,10 +88,12 @@ _row('dice_weight', 'weight of Dice in the dense loss', (0.5, 'paper Eq.4'), (1.
 _row('bce_weight', 'weight of BCE in the dense loss', (0.5, 'paper Eq.4'), (0.2, 'code: utils/loss.py'))
 _row('dice_on_logits', 'the released bug: Dice without the sigmoid', (False, 'paper Eq.4'), (True, 'code: bug, switch it off with dice_on_logits=False'))
 _row('global_only_steps', 'optimiser steps with the global loss alone', (0, 'paper: none'), (200, 'code'), (200, 'ours: a random pool makes random masks'), (50, 'ours: the first epoch of the demo'))
+_row('global_only_size', 'side of the films in these steps, 0 = as cropped: smaller ones first (EfficientNetV2, section 4)', (0, 'paper: none'), (0, 'code: none'))
 
 # %% ../nbs/01_profiles.ipynb #a30d833b
 _row('lr', 'peak learning rate of AdamW', (2e-4, 'paper'), (2e-5, 'code'), demo=(5e-4, 'ours: a small batch for few steps'))
 _row('head_lr_factor', 'projectors and pool learn at lr times this', (1.0, 'paper: one rate'), (1.0, 'code: one rate'), demo=(10.0, 'ours: in few steps a new pool must move faster than a trained encoder, or attention stays flat'))
+_row('decoder_lr_factor', 'the decoder of masks learns at lr times this', (1.0, 'paper: one rate'), (1.0, 'code: one rate'))
 _row('rebuild_lr_factor', 'the decoders of pixels and reports learn at lr times this; only mpma', (1.0, 'MRM code: one rate'), (1.0, 'unused'), demo=(6.0, 'ours: at 5e-4 word counts are not beaten in 150 steps, at 3e-3 they are'))
 _row('weight_decay', 'AdamW', (1e-8, 'paper'), (1e-8, 'code'), (0.01, 'ours: AdamW default of torch; 1e-8 is none'))
 _row('betas', 'AdamW', ((0.9, 0.999), 'ours (not in the paper): torch default'), ((0.9, 0.999), 'code'))

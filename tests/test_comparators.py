@@ -207,6 +207,16 @@ def test_gradient_goes_where_it_should(name, pairs):
     assert groups[1]['factor'] == p.head_lr_factor and {n.split('.')[0] for n, x in net.named_parameters() if id(x) in fast} == {'image_projector', 'text_projector', 'pool'} | ({'word_projector'} if p.local != 'none' else set())
 
 
+def test_a_decoder_of_masks_may_learn_faster():
+    "decoder_lr_factor gives the decoder a group of its own, and every trained parameter stays in exactly one group; 1 leaves the groups as they were."
+    net = build_model(tiny('g2d'))
+    plain, faster = (parameter_groups(net, tiny('g2d').replace(decoder_lr_factor=k)) for k in (1., 4.))
+    assert len(plain) == 2 and len(faster) == 3 and faster[2]['factor'] == 4
+    assert [id(x) for x in faster[2]['params']] == [id(x) for x in net.decoder.parameters()]
+    held = [id(x) for g in faster for x in g['params']]
+    assert len(held) == len(set(held)) and set(held) == {id(x) for x in net.parameters() if x.requires_grad} == {id(x) for g in plain for x in g['params']}
+
+
 # ---------------------------------------------------------------- the loop
 
 def run(store, p, out, stop=None, pictures=False):

@@ -177,11 +177,25 @@ def test_update_writes_what_the_runs_hold(tmp_path, monkeypatch, capsys):
     assert update_bench(table, tmp_path/'runs', tmp_path/'again')[0].read_bytes() == (tmp_path/'bench'/'ideas.csv').read_bytes()
 
 
+def test_update_keeps_methods_of_the_other_table_of_real_films(tmp_path):
+    "Two tables fill real.csv: rows of methods that are not in the second one stay, those that are in it are replaced; no other file does that."
+    def done(stem, value, methods):
+        table = tmp_path/f'{stem}.yaml'
+        table.write_text(''.join(f'- name: "{m}, seed 1"\n  experiment: pretrain\n  parameters: {{store: "phantoms:60+real:pairs:1/3", profile_name: "demo", method: "{m}"}}\n' for m in methods))
+        for plan in plan_rows(read_rows(table), tmp_path/stem):
+            plan.folder.mkdir(parents=True); write_json(plan.folder/'done.json', dict(seconds=1, parameters=plan.parameters)); write_json(plan.folder/'metrics.json', {'image_to_text_R@1': value})
+        path = update_bench(table, tmp_path/stem, tmp_path/'bench')[0]
+        return path.name, [(r.method, r.value) for r in pd.read_csv(path).itertuples()]
+    assert done('real_methods', .1, ['g2d', 'mgca']) == ('real.csv', [('g2d', .1), ('mgca', .1)])
+    assert done('real_peers', .2, ['mgca', 'mrm']) == ('real.csv', [('g2d', .1), ('mgca', .2), ('mrm', .2)])
+    assert done('a_ideas', .1, ['g2d']) == ('ideas.csv', [('g2d', .1)]) and done('b_ideas', .2, ['mrm']) == ('ideas.csv', [('mrm', .2)])
+
+
 def test_batch_tables():
     "The rows that both tables have are the same runs; every pre-training builds a profile; three seeds a method; all tasks at full size."
     from g2d.models.comparators import comparator
     ideas, small, full = (read_rows(TABLES/f'{name}.yaml') for name in ('phantom_ideas', 'phantom_methods', 'phantombench'))
-    for name in ('phantom_methods', 'phantom_ideas', 'phantom_attention', 'phantom_mpma'): assert {r.threads for r in read_rows(TABLES/f'{name}.yaml')} == {1}, f'{name}: figures repeat to the last digit on one thread only'
+    for name in ('phantom_methods', 'phantom_ideas', 'phantom_attention', 'phantom_mpma', 'phantom_longer', 'real_peers'): assert {r.threads for r in read_rows(TABLES/f'{name}.yaml')} == {1}, f'{name}: figures repeat to the last digit on one thread only'
     known = {r.name: (r.experiment, json.dumps(r.parameters, sort_keys=True)) for r in small}
     for r in ideas:
         if r.name.startswith('g2d,'): assert known[r.name] == (r.experiment, json.dumps(r.parameters, sort_keys=True))

@@ -158,6 +158,25 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(store, tmp_path
     assert all(torch.isfinite(v).all() for v in Checkpoint.load(tmp_path).weights.values() if v.is_floating_point())
 
 
+def test_films_of_the_global_steps_may_be_smaller(store, tmp_path):
+    "With global_only_size the network sees smaller films in the steps of the global loss alone, and the crop afterwards; a side that is not smaller is refused."
+    from unittest.mock import patch
+    from g2d.models.g2d import G2D
+    from g2d.pretrain import smaller
+    seen, whole = [], G2D.forward
+    def forward(self, images, texts, decode=True):
+        if self.training: seen.append(tuple(images.shape[-2:]))
+        return whole(self, images, texts, decode)
+    with patch.object(G2D, 'forward', forward):
+        pretrain(store, profile('demo', **TINY | dict(epochs=1, global_only_size=48)), tmp_path/'run', device='cpu', progress=False, val_images=8)
+    assert seen == [(48, 48)]*4 + [(64, 64)]*2
+    from PIL import Image
+    images = torch.rand(2, 1, 64, 64)
+    for film, small in zip(images[:, 0].numpy(), smaller(images, 48)[:, 0].numpy()): assert np.abs(np.asarray(Image.fromarray(film).resize((48, 48), Image.BILINEAR)) - small).max() < 1e-5
+    for size in (96, 16):
+        with pytest.raises(G2DError, match='global_only_size is'): pretrain(store, profile('demo', **TINY | dict(global_only_size=size)), tmp_path/f'{size}', device='cpu', progress=False)
+
+
 def test_learning_rate_equals_torch_schedulers():
     p = profile('as_released')
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=p.lr)
