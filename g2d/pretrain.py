@@ -226,7 +226,7 @@ def _target(self: Pretrainer, out, images, texts, shift): # -> [B, k, H, W]
 # %% ../nbs/41_pretrain.ipynb #d7cb8447
 def smaller(images, # [B, C, H, W]
             size: int): # -> [B, C, size, size]
-    "Films at another side, for the first steps. Raises `G2DError` for a side that is not smaller."
+    "Films at a smaller side, for the first steps (EfficientNetV2, section 4). Raises `G2DError` for a side below 32 or above theirs."
     if not 32 <= size <= min(images.shape[-2:]): raise G2DError(f'global_only_size is {size}; expected 0, or 32 to the side of the crop, {min(images.shape[-2:])} pixels.')
     return torch.nn.functional.interpolate(images, size=(size, size), mode='bilinear', antialias=True, align_corners=False)
 

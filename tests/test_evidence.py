@@ -45,6 +45,8 @@ def test_a_text_is_checked_written_anew_and_printed(folder, capsys, monkeypatch)
     code, printed = call()
     assert code in (0, None) and '| 0.510 ± 0.025 |' in printed.out
     assert '1 figures of' in call('--update')[1].out and '0 figures of' in call('--update')[1].out and refresh_file(folder/'found.md', folder) == 0
+    (folder/'README.md').write_text(text, encoding='utf-8')   # the text beside the tables is written anew with it
+    assert '1 figures of' in call('--update')[1].out and plain((folder/'README.md').read_text(encoding='utf-8')) == plain(refreshed(text, folder))
     (folder/'found.md').write_text('lost <!--ideas: method=g2d; fraction=1-->', encoding='utf-8')
     with pytest.raises(G2DError, match='no figure right before'): refresh_file(folder/'found.md', folder)
     (folder/'found.md').unlink()
