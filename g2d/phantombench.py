@@ -128,7 +128,8 @@ def read_bench(folder: Path, name: str # methods, ideas, longer or real
     return frame
 
 def _beside(old, new):
-    "The new rows, and the old ones of methods that are not among them."
+    "The new rows, and the old ones of methods that are not among them. Where the new table gave the random start fewer tasks, its figures are those of the untrained network alone, and the old ones stay."
+    if set(new.loc[new['method'] == 'random', 'task']) < set(old.loc[old['method'] == 'random', 'task']): new = new[new['method'] != 'random']
     return pd.concat([old[~old['method'].isin(new['method'])], new], ignore_index=True)
 
 def update_bench(table: str | Path, # the batch table that was run

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 import pytest
 from g2d.files import write_json
-from g2d.phantombench import BENCH_COLUMNS, attention_table, bench_folder, bench_means, bench_rows, bench_text, claim_table, method_tables, paired_table, update_bench, verdict
+from g2d.phantombench import BENCH_COLUMNS, attention_table, bench_folder, bench_means, bench_rows, bench_text, claim_table, method_tables, paired_table, update_bench, verdict, _beside
 from g2d.runs import plan_rows, read_rows
 from g2d.settings import G2DError
 
@@ -178,7 +178,7 @@ def test_update_writes_what_the_runs_hold(tmp_path, monkeypatch, capsys):
 
 
 def test_update_keeps_methods_of_the_other_table_of_real_films(tmp_path):
-    "Two tables fill real.csv: rows of methods that are not in the second one stay, those that are in it are replaced; no other file does that."
+    "Two tables fill real.csv: rows of methods that are not in the second one stay, those that are in it are replaced; no other file does that. The untrained network of the second table is not the random start of the first."
     def done(stem, value, methods):
         table = tmp_path/f'{stem}.yaml'
         table.write_text(''.join(f'- name: "{m}, seed 1"\n  experiment: pretrain\n  parameters: {{store: "phantoms:60+real:pairs:1/3", profile_name: "demo", method: "{m}"}}\n' for m in methods))
@@ -188,6 +188,14 @@ def test_update_keeps_methods_of_the_other_table_of_real_films(tmp_path):
         return path.name, [(r.method, r.value) for r in pd.read_csv(path).itertuples()]
     assert done('real_methods', .1, ['g2d', 'mgca']) == ('real.csv', [('g2d', .1), ('mgca', .1)])
     assert done('real_peers', .2, ['mgca', 'mrm']) == ('real.csv', [('g2d', .1), ('mgca', .2), ('mrm', .2)])
+    columns = ['method', 'seed', 'task', 'fraction', 'metric', 'value', 'low', 'high']
+    def rows(*some): return pd.DataFrame([(m, 1, t, float('nan'), 'x', v, float('nan'), float('nan')) for m, t, v in some], columns=columns)
+    shown = lambda frame: [(r.method, r.task, r.value) for r in frame.itertuples()]
+    first = rows(('random', 'masks', 1), ('random', 'linear', 2), ('g2d', 'masks', 3))
+    assert shown(_beside(first, rows(('random', 'masks', 7), ('mrm', 'masks', 8)))) == shown(first) + [('mrm', 'masks', 8)]
+    again = rows(('random', 'masks', 7), ('random', 'linear', 8))
+    assert shown(_beside(first, again)) == [('g2d', 'masks', 3)] + shown(again)
+    assert shown(_beside(first.iloc[2:], again)) == [('g2d', 'masks', 3)] + shown(again)
     assert done('a_ideas', .1, ['g2d']) == ('ideas.csv', [('g2d', .1)]) and done('b_ideas', .2, ['mrm']) == ('ideas.csv', [('mrm', .2)])
 
 
@@ -195,7 +203,7 @@ def test_batch_tables():
     "The rows that both tables have are the same runs; every pre-training builds a profile; three seeds a method; all tasks at full size."
     from g2d.models.comparators import comparator
     ideas, small, full = (read_rows(TABLES/f'{name}.yaml') for name in ('phantom_ideas', 'phantom_methods', 'phantombench'))
-    for name in ('phantom_methods', 'phantom_ideas', 'phantom_attention', 'phantom_mpma', 'phantom_longer', 'real_peers'): assert {r.threads for r in read_rows(TABLES/f'{name}.yaml')} == {1}, f'{name}: figures repeat to the last digit on one thread only'
+    for name in ('phantom_methods', 'phantom_ideas', 'phantom_attention', 'phantom_mpma', 'phantom_longer', 'real_peers', 'real_methods'): assert {r.threads for r in read_rows(TABLES/f'{name}.yaml')} == {1}, f'{name}: figures repeat to the last digit on one thread only'
     known = {r.name: (r.experiment, json.dumps(r.parameters, sort_keys=True)) for r in small}
     for r in ideas:
         if r.name.startswith('g2d,'): assert known[r.name] == (r.experiment, json.dumps(r.parameters, sort_keys=True))
