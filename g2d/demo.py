@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from .settings import G2DError
 from .files import atomic_path, read_json
+from .fork_server import fork_server
 
 # %% ../nbs/81_demo.ipynb #af5d5a32
 def demo_runs(images: int = 2000, # phantoms for training
@@ -144,6 +145,6 @@ def demo(out: Path | str | None = None, # folder of the page; outputs/demo if No
     if real and settings.data_root is None:
         notes.append('Real films are not shown: no data root is set (environment G2D_DATA).')
     runs = demo_runs(images, real and settings.data_root is not None, quick)
-    with ThreadPoolExecutor(len(runs)) as pool:      # a thread waits for its kernel, which is a process of its own
+    with fork_server(), ThreadPoolExecutor(len(runs)) as pool:      # a thread waits for its kernel, which is a process of its own
         done = _in_turn(runs, lambda title, notebook, given: pool.submit(_timed, title, notebook, given, again), lambda notebook, given: run_folder(find_notebook(notebook), given))
     return write_page(done, out/'index.html', notes)

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from .settings import G2DError
 from .files import atomic_path, write_json, read_json
+from .fork_server import fork_kernel
 
 # %% ../nbs/59_notebooks.ipynb #5c95e903
 @dataclass(frozen=True)
@@ -181,19 +182,28 @@ def end_old_kernel(folder: Path) -> None:
             time.sleep(.02)
     (folder/'kernel.json').unlink(missing_ok=True)
 
+# %% ../nbs/59_notebooks.ipynb #be6491bd
+def _manager(folder):
+    "A kernel manager for one run: the kernel comes from the fork server where there is one, and its number is noted in the run's folder."
+    from jupyter_client import AsyncKernelManager
+    class Manager(AsyncKernelManager):
+        async def _async_launch_kernel(self, kernel_cmd, **options):
+            forked = fork_kernel(kernel_cmd, options.get('env') or os.environ, options.get('cwd'))
+            if forked is None: return await super()._async_launch_kernel(kernel_cmd, **options)
+            there = self.provisioner        # the local one, which speaks to a process and its group
+            there.process, there.pid, there.pgid, there.cwd = forked, forked.pid, forked.pid, options.get('cwd')
+            self._reconcile_connection_info(there.connection_info)
+        async def _async_post_start_kernel(self, **options):
+            await super()._async_post_start_kernel(**options)
+            pid = getattr(self.provisioner, 'pid', None)
+            if pid: write_json(folder/'kernel.json', dict(pid=pid, started=_started(pid)))
+    return Manager
+
 # %% ../nbs/59_notebooks.ipynb #2f198d32
 def _engine():
     "Register the engine, once; papermill is imported here because it takes a second."
-    from jupyter_client import AsyncKernelManager
     from papermill.engines import NBClientEngine, papermill_engines
     if 'g2d' in papermill_engines._engines: return papermill_engines._engines['g2d']
-    def manager(folder):
-        class Manager(AsyncKernelManager):
-            async def _async_post_start_kernel(self, **options):
-                await super()._async_post_start_kernel(**options)
-                pid = getattr(self.provisioner, 'pid', None)
-                if pid: write_json(folder/'kernel.json', dict(pid=pid, started=_started(pid)))
-        return Manager
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, g2d_folder, **options):   # the folder belongs to the call: several may run at a time
@@ -202,7 +212,7 @@ def _engine():
                 write_json(g2d_folder/'state.json', dict(cell=cell_index + 1, cells=n, time=time.time()))
                 return start(cell, cell_index, **more)
             nb_man.cell_start = noted
-            return super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=manager(g2d_folder), **options)
+            return super().execute_managed_notebook(nb_man, kernel_name, kernel_manager_class=_manager(g2d_folder), **options)
     papermill_engines.register('g2d', Engine)
     return Engine
 

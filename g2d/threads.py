@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 import torch
 from .settings import G2DError
+from .fork_server import fork
 
 # %% ../nbs/03_threads.ipynb #aece488c
 @lru_cache(maxsize=2)
@@ -63,7 +64,8 @@ def _end_with(parent: int):
 
 def _child(given: dict):
     "Call a function in this process; a mistake of the user goes to a file, for the parent to tell."
-    _end_with(given['parent'])
+    _end_with(given['parent'] or os.getppid())
+    torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))    # a copy of the fork server has loaded its libraries before
     try: _call(given['function'], given['arguments'])
     except G2DError as error:
         Path(given['words']).write_text(str(error), encoding='utf-8')
@@ -76,8 +78,10 @@ def _start(function: str, arguments: dict, words: Path, environment: dict, share
     ours = dict(G2D_OUTPUTS=settings.output_root, OMP_NUM_THREADS=max(1, torch.get_num_threads()//share), TOKENIZERS_PARALLELISM='false', PYTHONPATH=os.pathsep.join(x for x in sys.path if x))
     if settings.data_root is not None: ours['G2D_DATA'] = settings.data_root
     everything = dict(OMP_WAIT_POLICY='PASSIVE') | dict(os.environ) | {k: str(v) for k, v in (ours | environment).items()}
+    given = dict(parent=os.getpid(), function=function, arguments=arguments, words=str(words))
+    if child := fork('g2d.threads:_child', dict(given=given | dict(parent=0)), everything, path=[x for x in sys.path if x], late=['OMP_NUM_THREADS']): return child
     child = subprocess.Popen([sys.executable, '-c', 'import json, sys; from g2d.threads import _child; _child(json.loads(sys.stdin.read()))'], stdin=subprocess.PIPE, text=True, env=everything)
-    child.stdin.write(json.dumps(dict(parent=os.getpid(), function=function, arguments=arguments, words=str(words)))); child.stdin.close()
+    child.stdin.write(json.dumps(given)); child.stdin.close()
     return child
 
 # %% ../nbs/03_threads.ipynb #c6f5f040
