@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Forked', 'fork', 'fork_kernel', 'fork_server', 'keep_fork_server']
 
-# %% ../nbs/04_fork_server.ipynb #0bb71375
+# %% ../nbs/04_fork_server.ipynb #ac14bdb7
 import atexit, gc, importlib, json, os, shutil, signal, socket, subprocess, sys, tempfile, threading, time, traceback
 from contextlib import contextmanager
 from pathlib import Path
+from fastcore.basics import patch
 
-# %% ../nbs/04_fork_server.ipynb #0301f22c
+# %% ../nbs/04_fork_server.ipynb #b25f395f
 def _send(connection, request: dict):
     "A request with our standard streams."
     data = json.dumps(request).encode()
@@ -27,7 +28,7 @@ def _receive(connection): # -> (request, [out, err])
         size -= len(parts[-1])
     return json.loads(b''.join(parts)), streams
 
-# %% ../nbs/04_fork_server.ipynb #4b70bcaf
+# %% ../nbs/04_fork_server.ipynb #f15dacf7
 _READ_AT_IMPORT = ('OMP_', 'GOMP_', 'KMP_AFFINITY', 'KMP_BLOCKTIME', 'MKL_', 'OPENBLAS_', 'LD_', 'MALLOC_', 'GLIBC_', 'HF_', 'TRANSFORMERS_', 'TQDM_', 'CUDA_')
 
 def _differs(ours: dict, theirs: dict, late: list # names that the process sets itself
@@ -36,7 +37,7 @@ def _differs(ours: dict, theirs: dict, late: list # names that the process sets 
     names = {k for k in ours | theirs if k.startswith(_READ_AT_IMPORT)} - set(late)
     return sorted(k for k in names if ours.get(k) != theirs.get(k))
 
-# %% ../nbs/04_fork_server.ipynb #cf7ccf6f
+# %% ../nbs/04_fork_server.ipynb #4319be04
 _IMPORTS = ('torch', 'torch._dynamo', 'torch.distributed', 'torchvision', 'timm', 'transformers.modeling_utils', 'transformers.models.auto.modeling_auto', 'transformers.models.auto.tokenization_auto',
             'transformers.models.bert.modeling_bert', 'accelerate', 'safetensors.torch', 'pandas', 'scipy.stats', 'scipy.ndimage', 'sklearn.metrics', 'skimage.measure', 'skimage.morphology', 'filelock', 'tqdm.auto',
             'fastcore.basics', 'jaxtyping', 'IPython.core.interactiveshell', 'ipykernel.kernelapp')
@@ -49,7 +50,7 @@ def _load(names=_IMPORTS):
 
 class _Become(Exception): "Raised in a copy, so that it leaves the server's loop: what it is to do."
 
-# %% ../nbs/04_fork_server.ipynb #5eb944d0
+# %% ../nbs/04_fork_server.ipynb #df1638cf
 class _Server:
     "One thread that waits for clients, for the end of copies, and for the end of who started it."
     def __init__(self, listener):
@@ -76,30 +77,33 @@ class _Server:
         self.running[pid] = connection
         self.selector.register(connection, 1)
         _answer(connection, pid=pid)
-    def ended(self):
-        "Tell the clients of copies that have ended."
-        try: self.bell.recv(4096)
-        except BlockingIOError: pass
-        while True:
-            try: pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError: return
-            if not pid: return
-            if connection := self.running.pop(pid, None):
-                _answer(connection, code=os.waitstatus_to_exitcode(status))
-                self.leave(connection)
-    def leave(self, connection):
-        self.selector.unregister(connection)
-        connection.close()
 
-# %% ../nbs/04_fork_server.ipynb #0d9f9db0
+# %% ../nbs/04_fork_server.ipynb #5d944369
 def _answer(connection, **words):
     "A line of JSON; a client that is gone hears nothing."
     try: connection.sendall((json.dumps(words) + '\n').encode())
     except OSError: pass
 
-# %% ../nbs/04_fork_server.ipynb #8ca9ee72
-from fastcore.basics import patch
+# %% ../nbs/04_fork_server.ipynb #9bbf416b
+@patch
+def ended(self: _Server):
+    "Tell the clients of copies that have ended."
+    try: self.bell.recv(4096)
+    except BlockingIOError: pass
+    while True:
+        try: pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError: return
+        if not pid: return
+        if connection := self.running.pop(pid, None):
+            _answer(connection, code=os.waitstatus_to_exitcode(status))
+            self.leave(connection)
 
+@patch
+def leave(self: _Server, connection):
+    self.selector.unregister(connection)
+    connection.close()
+
+# %% ../nbs/04_fork_server.ipynb #94f5e64e
 @patch
 def copy(self: _Server, request, streams, connection):
     "In the copy: take the client's place in the world."
@@ -135,7 +139,7 @@ def serve(self: _Server):
                 os.kill(pid, signal.SIGKILL)
                 self.leave(key.fileobj)
 
-# %% ../nbs/04_fork_server.ipynb #c4e36737
+# %% ../nbs/04_fork_server.ipynb #5c4ef98f
 def _main(address: str) -> None:
     "Body of the server's process; a copy leaves the loop and does what was asked."
     listener = socket.socket(socket.AF_UNIX)
@@ -166,7 +170,7 @@ def _kernel(argv: list) -> None:
     sys.path.insert(0, os.getcwd())
     runpy.run_module('ipykernel_launcher', run_name='__main__', alter_sys=True)
 
-# %% ../nbs/04_fork_server.ipynb #2bac14e1
+# %% ../nbs/04_fork_server.ipynb #f2782975
 class Forked:
     "A process that the server started for us. It ends when this object is gone."
     stdin = stdout = stderr = None
@@ -190,7 +194,7 @@ class Forked:
     def kill(self): self.send_signal(signal.SIGKILL)
     def terminate(self): self.send_signal(signal.SIGTERM)
 
-# %% ../nbs/04_fork_server.ipynb #87eb8ed5
+# %% ../nbs/04_fork_server.ipynb #10d9bcf7
 def fork(call: str,         # "module:function"
          arguments: dict,   # plain values
          environment: dict, # all variables of the process
@@ -211,14 +215,14 @@ def fork(call: str,         # "module:function"
     if 'pid' in words: return Forked(connection, words['pid'])
     connection.close()
 
-# %% ../nbs/04_fork_server.ipynb #1403908b
+# %% ../nbs/04_fork_server.ipynb #e3034c4d
 def fork_kernel(command: list, # of the kernel's specification, with the connection file
                 environment: dict, folder: str | Path | None = None) -> Forked | None:
     "A Jupyter kernel for Python from the server; None for any other kernel, and where no server fits."
     ours = Path(command[0]).name.startswith('python') and '-m' in command and command[command.index('-m') + 1] == 'ipykernel_launcher'
     return fork('g2d.fork_server:_kernel', dict(argv=command[command.index('-m') + 1:]), environment, folder, session=True) if ours else None
 
-# %% ../nbs/04_fork_server.ipynb #68f82cfa
+# %% ../nbs/04_fork_server.ipynb #6ff1c1f2
 def _start(folder):
     "The server's process; what libraries read when they are loaded is set for it and for all that it is asked for."
     address = folder/'s'        # a short path: the name of a socket has 100 letters at most
@@ -248,7 +252,7 @@ def fork_server():
         for name, value in before.items(): os.environ.pop(name) if value is None else os.environ.update({name: value})
         _end(server, folder)
 
-# %% ../nbs/04_fork_server.ipynb #6fe9b6c8
+# %% ../nbs/04_fork_server.ipynb #456efe05
 _kept = {}
 
 def keep_fork_server() -> None:

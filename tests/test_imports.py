@@ -5,7 +5,7 @@ import pytest
 
 root = Path(__file__).resolve().parents[1]
 # DESIGN 2 and 3: data <- models <- pseudo_mask, losses <- pretrain <- tasks <- runs <- results; a module may use its own room and those to the left
-rooms = ['settings files profiles threads', 'views', 'data', 'models', 'pseudo_mask losses local_alignment', 'metrics validation checkpoint', 'pretrain', 'tasks', 'notebooks runs',
+rooms = ['settings files profiles threads fork_server', 'views', 'data', 'models', 'pseudo_mask losses local_alignment', 'metrics validation checkpoint', 'pretrain', 'tasks', 'notebooks runs',
          'results published compare phantombench evidence', 'explorer demo bench', 'cli']
 rank = {name: i for i, names in enumerate(rooms) for name in names.split()}
 
