@@ -8,7 +8,7 @@ __all__ = ['LEVERS', 'SAME', 'ASSUMED', 'BENCHES', 'machine', 'in_turns', 'Table
            'step_profile', 'Step', 'bench_step', 'matrix_rate', 'bench_levers', 'bench_bfloat16', 'bench_text',
            'bench_loader', 'films_and_attention', 'bench_pseudo_mask', 'memory_child', 'bench_memory', 'kept_bytes',
            'epoch_child', 'epochs_child', 'contrastive_child', 'bench_scaling', 'kept_child', 'bench_kept_memory',
-           'bench_demo', 'measured', 'write_plan', 'scripts', 'benches', 'bench']
+           'network_child', 'bench_fork_server', 'bench_demo', 'measured', 'write_plan', 'scripts', 'benches', 'bench']
 
 # %% ../nbs/82_bench.ipynb #f340c885
 import json, os, platform, subprocess, sys, tempfile, time
@@ -610,6 +610,37 @@ def bench_kept_memory(table, small, device, rounds):
         table.add('step of the demo', f'{name[keep]}: page faults a step', column('faults'), 'faults')
         table.add('step of the demo', f'{name[keep]}: peak', column('peak', 1e6), 'MB')
 
+# %% ../nbs/82_bench.ipynb #30cae14e
+def network_child(path: str, small: bool = False) -> None:
+    "Build the network of the demo, and write its number of parameters."
+    from g2d.models.g2d import G2D
+    from g2d.profiles import profile
+    net = G2D(profile('demo', **(dict(image_encoder='resnet18', pretrained=False, text_encoder='tiny', text_pool='cls') if small else {})))
+    Path(path).write_text(str(sum(x.numel() for x in net.parameters())))
+
+def bench_fork_server(table, small, device, rounds):
+    "From the request for a helper process to the network of the demo in it and its end: a new Python against a copy of the fork server. Raises `G2DError` where there is none."
+    from g2d.fork_server import fork_server
+    from g2d.threads import in_processes
+    before = os.environ.pop('G2D_FORK_SERVER', None)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        with fork_server():
+            address = os.environ.get('G2D_FORK_SERVER')
+            if not address: raise G2DError('There is no fork server on this system: expected Linux, and device cpu.')
+            def helpers(n, address):
+                os.environ['G2D_FORK_SERVER'] = address
+                in_processes('g2d.bench:network_child', [dict(path=f'{folder}/{k}', small=small) for k in range(n)], n)
+            helpers(1, address)
+            table.add('start of the server', 'with the first copy', [time.perf_counter() - start])
+            for n in (1,) if small else (1, 2):
+                seen = in_turns({'new': lambda: helpers(n, 'off'), 'copy': lambda: helpers(n, address)}, rounds or 5, 1)
+                table.add(f'{n} helper{"s" if n > 1 else ""}', 'a new Python', seen['new'])
+                table.add(f'{n} helper{"s" if n > 1 else ""}', 'a copy', seen['copy'], baseline=seen['new'])
+            os.environ['G2D_FORK_SERVER'] = address     # the server puts back what was there before
+    if before is not None: os.environ['G2D_FORK_SERVER'] = before
+
+
 # %% ../nbs/82_bench.ipynb #ad701399
 def bench_demo(table, small, device, rounds):
     "`g2d demo` from nothing, without real films."
@@ -665,7 +696,7 @@ def write_plan(folder: Path, small=False) -> Path:
     return path
 
 # %% ../nbs/82_bench.ipynb #e43d539e
-BENCHES = dict(step=bench_step, levers=bench_levers, bfloat16=bench_bfloat16, text=bench_text, loader=bench_loader, pseudo_mask=bench_pseudo_mask, memory=bench_memory, kept_memory=bench_kept_memory, scaling=bench_scaling, demo=bench_demo)
+BENCHES = dict(step=bench_step, levers=bench_levers, bfloat16=bench_bfloat16, text=bench_text, loader=bench_loader, pseudo_mask=bench_pseudo_mask, memory=bench_memory, kept_memory=bench_kept_memory, fork_server=bench_fork_server, scaling=bench_scaling, demo=bench_demo)
 _SMALL = dict(linear_probe=['--small'], prepare=['--films', '20', '--released', '2'], phantom=['--images', '8', '--size', '64'],
               runs=['--runs', '2', '--seconds', '1', '--rounds', '1', '--rows', '5'])
 

@@ -353,6 +353,13 @@ def test_memory_of_the_contrastive_loss_falls_with_processes(worlds):
 
 # the benchmarks
 
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='processes are forked on Linux only')
+def test_the_fork_server_is_measured_against_new_pythons(tmp_path, monkeypatch):
+    monkeypatch.delenv('G2D_FORK_SERVER', raising=False)
+    rows = list(csv.DictReader(open(B.bench('fork_server', small=True, rounds=1, out=tmp_path))))
+    assert [r['side'] for r in rows] == ['with the first copy', 'a new Python', 'a copy'] and float(rows[2]['ratio']) > 0 and 'G2D_FORK_SERVER' not in os.environ
+
+
 @pytest.mark.parametrize('name', ['text', 'loader', 'pseudo_mask'])
 def test_small_runs_write_their_table(name, tmp_path, capsys):
     path = B.bench(name, small=True, rounds=2, out=tmp_path)
