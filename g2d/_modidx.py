@@ -21,6 +21,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'g2d.bench.bench': ('bench.html#bench', 'g2d/bench.py'),
                            'g2d.bench.bench_bfloat16': ('bench.html#bench_bfloat16', 'g2d/bench.py'),
                            'g2d.bench.bench_demo': ('bench.html#bench_demo', 'g2d/bench.py'),
+                           'g2d.bench.bench_finer_grid': ('bench.html#bench_finer_grid', 'g2d/bench.py'),
                            'g2d.bench.bench_fork_server': ('bench.html#bench_fork_server', 'g2d/bench.py'),
                            'g2d.bench.bench_kept_memory': ('bench.html#bench_kept_memory', 'g2d/bench.py'),
                            'g2d.bench.bench_levers': ('bench.html#bench_levers', 'g2d/bench.py'),

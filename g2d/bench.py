@@ -8,7 +8,8 @@ __all__ = ['LEVERS', 'SAME', 'ASSUMED', 'BENCHES', 'machine', 'in_turns', 'Table
            'step_profile', 'Step', 'bench_step', 'matrix_rate', 'bench_levers', 'bench_bfloat16', 'bench_text',
            'bench_loader', 'films_and_attention', 'bench_pseudo_mask', 'memory_child', 'bench_memory', 'kept_bytes',
            'epoch_child', 'epochs_child', 'contrastive_child', 'bench_scaling', 'kept_child', 'bench_kept_memory',
-           'network_child', 'bench_fork_server', 'bench_demo', 'measured', 'write_plan', 'scripts', 'benches', 'bench']
+           'bench_finer_grid', 'network_child', 'bench_fork_server', 'bench_demo', 'measured', 'write_plan', 'scripts',
+           'benches', 'bench']
 
 # %% ../nbs/82_bench.ipynb #f340c885
 import json, os, platform, subprocess, sys, tempfile, time
@@ -610,6 +611,25 @@ def bench_kept_memory(table, small, device, rounds):
         table.add('step of the demo', f'{name[keep]}: page faults a step', column('faults'), 'faults')
         table.add('step of the demo', f'{name[keep]}: peak', column('peak', 1e6), 'MB')
 
+# %% ../nbs/82_bench.ipynb #0cdb402f
+def bench_finer_grid(table, small, device, rounds):
+    "Films through the network of `recommended`, forward and backward, with the last map at stride 32 (8 x 8 cells at 256 pixels) and 16."
+    import torch
+    from g2d.models.g2d import G2D
+    from g2d.profiles import profile
+    sizes = dict(image_encoder='resnet18', decoder_channels=(32, 16, 16, 8, 8)) if small else {}
+    nets = {s: G2D(profile('recommended', pretrained=False, text_encoder='tiny', frozen_layers=1, output_stride=s, **sizes)).to(device, memory_format=torch.channels_last).train() for s in (32, 16)}
+    side = 64 if small else 256
+    films, texts = torch.rand(4, 3, side, side, device=device), ['No effusion.', 'Left lung opacity.', 'Small mass.', 'Normal.']
+    def work(net):
+        out = net(films, texts, decode=True)
+        (out.image_emb.sum() + out.mask_logits.mean()).backward()
+        net.zero_grad()
+    seen = in_turns({s: lambda net=net: work(net) for s, net in nets.items()}, rounds or 3, 1, device)
+    table.add(f'4 films at {side} x {side}', 'stride 32', seen[32])
+    table.add(f'4 films at {side} x {side}', 'stride 16', seen[16], baseline=seen[32])
+
+
 # %% ../nbs/82_bench.ipynb #30cae14e
 def network_child(path: str, small: bool = False) -> None:
     "Build the network of the demo, and write its number of parameters."
@@ -696,7 +716,7 @@ def write_plan(folder: Path, small=False) -> Path:
     return path
 
 # %% ../nbs/82_bench.ipynb #e43d539e
-BENCHES = dict(step=bench_step, levers=bench_levers, bfloat16=bench_bfloat16, text=bench_text, loader=bench_loader, pseudo_mask=bench_pseudo_mask, memory=bench_memory, kept_memory=bench_kept_memory, fork_server=bench_fork_server, scaling=bench_scaling, demo=bench_demo)
+BENCHES = dict(step=bench_step, levers=bench_levers, bfloat16=bench_bfloat16, text=bench_text, loader=bench_loader, pseudo_mask=bench_pseudo_mask, memory=bench_memory, kept_memory=bench_kept_memory, fork_server=bench_fork_server, finer_grid=bench_finer_grid, scaling=bench_scaling, demo=bench_demo)
 _SMALL = dict(linear_probe=['--small'], prepare=['--films', '20', '--released', '2'], phantom=['--images', '8', '--size', '64'],
               runs=['--runs', '2', '--seconds', '1', '--rounds', '1', '--rows', '5'])
 

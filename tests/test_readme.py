@@ -38,7 +38,7 @@ def test_tables_of_the_results_are_made_of_committed_figures():
     from g2d.phantombench import bench_means, read_bench
     known, names = {}, {'G2D': 'g2d', 'global-only': 'global_only', 'global-only (ConVIRT/CLIP)': 'global_only', 'pixel reconstruction': 'reconstruction', 'G2D, masks of other films': 'shuffled', 'GLoRIA-style': 'gloria', 'MGCA-style': 'mgca',
              'MRM-style': 'mrm', 'MPMA-style': 'mpma', 'recommended': 'g2d', 'as paper': 'g2d as_paper', 'as released': 'g2d as_released', 'as paper: percentile over the image, nearest': 'mask as paper', 'bilinear': 'percentile of the image',
-             'bilinear, percentile over the body (`recommended`)': 'g2d', 'similarity instead of attention': 'similarity', 'similarity, best sentence': 'sentences', 'averaged teacher': 'teacher', 'finer grid, 12 × 12 cells': 'finer grid',
+             'bilinear, percentile over the body (`recommended` but for its grid)': 'g2d', 'similarity instead of attention': 'similarity', 'similarity, best sentence': 'sentences', 'averaged teacher': 'teacher', 'finer grid, 12 × 12 cells': 'finer grid',
              'decoder at four times the rate': 'faster decoder', 'decoder at four times the rate, masks of other films': 'faster decoder shuffled'}
     for name in ('methods', 'ideas'):
         for r in bench_means(read_bench(top/'results'/'phantombench', name)).to_dict('records'): known.setdefault(r['method'], set()).add(f'{r["mean"]:.3f} ± {r["half"]:.3f}')

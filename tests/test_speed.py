@@ -360,6 +360,11 @@ def test_the_fork_server_is_measured_against_new_pythons(tmp_path, monkeypatch):
     assert [r['side'] for r in rows] == ['with the first copy', 'a new Python', 'a copy'] and float(rows[2]['ratio']) > 0 and 'G2D_FORK_SERVER' not in os.environ
 
 
+def test_the_finer_grid_is_measured(tmp_path):
+    rows = list(csv.DictReader(open(B.bench('finer_grid', small=True, rounds=2, out=tmp_path))))
+    assert [(r['side'], bool(r['ratio'])) for r in rows] == [('stride 32', False), ('stride 16', True)]
+
+
 @pytest.mark.parametrize('name', ['text', 'loader', 'pseudo_mask'])
 def test_small_runs_write_their_table(name, tmp_path, capsys):
     path = B.bench(name, small=True, rounds=2, out=tmp_path)

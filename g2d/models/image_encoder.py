@@ -205,7 +205,7 @@ def held(net, weights: dict, # of a checkpoint
 
 def _why_not(name, pretrained, output_stride, error):
     if output_stride != 32 and (isinstance(error, AssertionError) or 'output_stride' in str(error)):
-        return f'The timm network {name} cannot be dilated to output stride {output_stride}; use 32 or a ResNet.'
+        return f'The timm network {name} cannot be dilated to output stride {output_stride}; set output_stride to 32, or use a ResNet.'
     if pretrained is True:
         return (f'Weights of {name} could not be fetched from the timm hub ({_first_line(error)}); '
                 'give a weights file as pretrained, or pretrained=False for a random start.')
