@@ -1316,7 +1316,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'g2d.notebooks.why_again': ('notebooks.html#why_again', 'g2d/notebooks.py'),
                                'g2d.notebooks.write_metrics': ('notebooks.html#write_metrics', 'g2d/notebooks.py')},
             'g2d.phantombench': { 'g2d.phantombench._attention': ('phantombench.html#_attention', 'g2d/phantombench.py'),
-                                  'g2d.phantombench._beside': ('phantombench.html#_beside', 'g2d/phantombench.py'),
                                   'g2d.phantombench._cell': ('phantombench.html#_cell', 'g2d/phantombench.py'),
                                   'g2d.phantombench._chosen_start': ('phantombench.html#_chosen_start', 'g2d/phantombench.py'),
                                   'g2d.phantombench._films': ('phantombench.html#_films', 'g2d/phantombench.py'),

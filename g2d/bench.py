@@ -629,7 +629,6 @@ def bench_finer_grid(table, small, device, rounds):
     table.add(f'4 films at {side} x {side}', 'stride 32', seen[32])
     table.add(f'4 films at {side} x {side}', 'stride 16', seen[16], baseline=seen[32])
 
-
 # %% ../nbs/82_bench.ipynb #30cae14e
 def network_child(path: str, small: bool = False) -> None:
     "Build the network of the demo, and write its number of parameters."
@@ -659,7 +658,6 @@ def bench_fork_server(table, small, device, rounds):
                 table.add(f'{n} helper{"s" if n > 1 else ""}', 'a copy', seen['copy'], baseline=seen['new'])
             os.environ['G2D_FORK_SERVER'] = address     # the server puts back what was there before
     if before is not None: os.environ['G2D_FORK_SERVER'] = before
-
 
 # %% ../nbs/82_bench.ipynb #ad701399
 def bench_demo(table, small, device, rounds):

@@ -42,9 +42,9 @@ _IMPORTS = ('torch', 'torch._dynamo', 'torch.distributed', 'torchvision', 'timm'
             'transformers.models.bert.modeling_bert', 'accelerate', 'safetensors.torch', 'pandas', 'scipy.stats', 'scipy.ndimage', 'sklearn.metrics', 'skimage.measure', 'skimage.morphology', 'filelock', 'tqdm.auto',
             'fastcore.basics', 'jaxtyping', 'IPython.core.interactiveshell', 'ipykernel.kernelapp')
 
-def _load(names=_IMPORTS):
+def _load():
     "Import what there is."
-    for name in names:
+    for name in _IMPORTS:
         try: importlib.import_module(name)
         except Exception: pass      # the copy will say it, if it needs it
 
@@ -69,11 +69,14 @@ class _Server:
         connection.settimeout(10)   # it writes at once
         try: request, streams = _receive(connection)
         except (OSError, EOFError, ValueError): return connection.close()
-        if odd := _differs(self.before, request['environment'], request['late']):
-            _answer(connection, no=f'{", ".join(odd)} differ'); [os.close(x) for x in streams]
-            return connection.close()
-        if not (pid := os.fork()): self.copy(request, streams, connection)
+        pid, odd = None, _differs(self.before, request['environment'], request['late'])
+        try: pid = None if odd else os.fork()
+        except OSError as error: odd = [str(error)]      # no memory, or too many processes: those that run stay
+        if pid == 0: self.copy(request, streams, connection)
         for x in streams: os.close(x)
+        if pid is None:
+            _answer(connection, no=', '.join(odd))
+            return connection.close()
         self.running[pid] = connection
         self.selector.register(connection, 1)
         _answer(connection, pid=pid)
@@ -143,8 +146,9 @@ def serve(self: _Server):
 def _main(address: str) -> None:
     "Body of the server's process; a copy leaves the loop and does what was asked."
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(address)
+    listener.bind(address + '~')
     listener.listen(64)
+    os.rename(address + '~', address)       # it has its name when it listens, not before
     _load()
     gc.collect(); gc.freeze()
     try: _Server(listener).serve(); return shutil.rmtree(Path(address).parent, ignore_errors=True)     # who started it may have been killed

@@ -127,21 +127,15 @@ def read_bench(folder: Path, name: str # methods, ideas, longer or real
     if lacks := [c for c in BENCH_COLUMNS if c not in frame]: raise G2DError(f'{path} has no column "{lacks[0]}"; expected {", ".join(BENCH_COLUMNS)}.')
     return frame
 
-def _beside(old, new):
-    "The new rows, and the old ones of methods that are not among them. Where the new table gave the random start fewer tasks, its figures are those of the untrained network alone, and the old ones stay."
-    if set(new.loc[new['method'] == 'random', 'task']) < set(old.loc[old['method'] == 'random', 'task']): new = new[new['method'] != 'random']
-    return pd.concat([old[~old['method'].isin(new['method'])], new], ignore_index=True)
-
 def update_bench(table: str | Path, # the batch table that was run
                  root: str | Path | None = None, # the output folder; settings.output_root if None
                  folder: str | Path = 'results/phantombench' # where the file is written
                 ) -> tuple[Path, list]: # the file, and rows of the table that are not finished
-    "Write methods.csv, ideas.csv, longer.csv, real.csv or attention.csv (the table's name says which) from its finished runs; real.csv keeps the methods of other tables."
+    "Write methods.csv, ideas.csv, longer.csv, real.csv or attention.csv (the table's name says which) from its finished runs."
     from g2d.results import collect, of_table
     frame, name = of_table(collect(root), table, root), next((n for n in ('ideas', 'attention', 'real', 'longer') if n in Path(table).stem), 'methods')
     rows, path = (attention_rows if name == 'attention' else bench_rows)(frame), Path(folder)/f'{name}.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
-    if name == 'real' and path.is_file(): rows = _beside(read_bench(path.parent, name), rows)
     files = {path: rows} | ({path.with_name('course.csv'): course} if name == 'methods' and len(course := course_rows(frame)) else {})
     for file, content in files.items():
         with atomic_path(file) as temporary: content.to_csv(temporary, index=False)

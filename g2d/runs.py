@@ -169,12 +169,12 @@ def _estimates(plans):
         p.estimate = best[len(best)//2] if best else None
 
 # %% ../nbs/60_runs.ipynb #85b16e22
-def _do(job, more=False):
-    "One job in this process, one of several that take their time if there are `more`; the answer is plain JSON."
+def _do(job, copy=False):
+    "One job in this process; the answer is plain JSON. With `copy` its kernel comes from a fork server that this process keeps."
     started, before = time.time(), os.environ.get('OMP_NUM_THREADS')
     if job.get('threads'): os.environ['OMP_NUM_THREADS'] = str(job['threads'])     # the kernel inherits it
     try:
-        if more: keep_fork_server()
+        if copy: keep_fork_server()
         run_notebook(job['notebook'], job['parameters'], again=job['again'], progress=False, folder=Path(job['folder']), parts=job['parts'], since=job['since'])
         done = read_json(Path(job['folder'])/'done.json')
         return dict(job=job['id'], state='done', seconds=done['seconds'], here=(Path(job['folder'])/'done.json').stat().st_mtime > started)
@@ -194,12 +194,12 @@ def serve() -> None:
         if folder := now.get('folder'): end_old_kernel(Path(folder))
         os._exit(0)
     threading.Thread(target=listen, daemon=True).start()
-    more = False
+    copy = False
     while True:
         job = jobs.get()
         now['folder'] = job['folder']
-        answer = _do(job, more)
-        more = more or (answer.get('here', False) and answer['seconds'] > 10)    # a first run that took its time: the next ones begin as copies
+        answer = _do(job, copy)
+        copy = copy or (answer.get('here', False) and answer['seconds'] > 10)    # a first run that took its time: the next ones begin as copies
         answers.write(json.dumps(answer) + '\n')
         now.clear()
 

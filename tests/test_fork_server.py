@@ -124,6 +124,28 @@ def test_a_doubt_ends_in_an_ordinary_start(server, monkeypatch, tmp_path):
         assert (tmp_path/Path(address).name).is_dir()
 
 
+def test_a_system_without_room_ends_nothing(tmp_path, monkeypatch):
+    "Where no process can be started the client is told so, and the server and what it started go on."
+    code = f"""
+import os
+from g2d import fork_server as f
+real, asked = os.fork, []
+def fork():
+    asked.append(1)
+    if len(asked) == 2: raise OSError(11, 'no process left')
+    return real()
+os.fork, f._load = fork, lambda: None
+f._main({str(tmp_path/'s')!r})"""
+    server = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE)
+    monkeypatch.setenv('G2D_FORK_SERVER', str(tmp_path/'s'))
+    soon((tmp_path/'s').exists)
+    first = fork('subprocess:call', dict(args=['sleep', '30']), os.environ)
+    assert fork('sys:exit', {}, os.environ) is None
+    assert fork('sys:exit', {}, os.environ).wait(60) == 0 and first.poll() is None
+    server.stdin.close()
+    assert server.wait(20) == 0 and first.wait(20) == -signal.SIGKILL
+
+
 def test_a_helper_computes_the_same(server, module, tmp_path, monkeypatch):
     "A copy and a new Python give the same bits, on the same number of threads."
     import torch
@@ -161,9 +183,9 @@ def test_the_worker_of_a_batch_keeps_one(tmp_path, monkeypatch):
     notebook(tmp_path/'n.ipynb', 'k: int = 0\nfolder: str = ""', "import os, sys\nfrom g2d.notebooks import write_metrics\nwrite_metrics(folder, parent=os.getppid(), threads=os.environ.get('OMP_NUM_THREADS'), torch=str('torch._dynamo' in sys.modules))")
     found, servers = [], []
     try:
-        for k, (threads, more) in enumerate(((1, False), (1, True), (1, True), (2, True))):
+        for k, (threads, copy) in enumerate(((1, False), (1, True), (1, True), (2, True))):
             job = dict(id=str(k), notebook=str(tmp_path/'n.ipynb'), parameters=dict(k=k), folder=str(tmp_path/f'r{k}'), again=False, parts=dict(cells=[], parameters={}, version='', store=None), since=None, threads=threads)
-            assert _do(job, more)['state'] == 'done'
+            assert _do(job, copy)['state'] == 'done'
             found.append(json.loads((tmp_path/f'r{k}'/'metrics.json').read_text()))
             servers.append(os.environ.get('G2D_FORK_SERVER'))
     finally:

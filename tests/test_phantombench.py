@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 import pytest
 from g2d.files import write_json
-from g2d.phantombench import BENCH_COLUMNS, attention_table, bench_folder, bench_means, bench_rows, bench_text, claim_table, method_tables, paired_table, update_bench, verdict, _beside
+from g2d.phantombench import BENCH_COLUMNS, attention_table, bench_folder, bench_means, bench_rows, bench_text, claim_table, method_tables, paired_table, update_bench, verdict
 from g2d.runs import plan_rows, read_rows
 from g2d.settings import G2DError
 
@@ -177,8 +177,8 @@ def test_update_writes_what_the_runs_hold(tmp_path, monkeypatch, capsys):
     assert update_bench(table, tmp_path/'runs', tmp_path/'again')[0].read_bytes() == (tmp_path/'bench'/'ideas.csv').read_bytes()
 
 
-def test_update_keeps_methods_of_the_other_table_of_real_films(tmp_path):
-    "Two tables fill real.csv: rows of methods that are not in the second one stay, those that are in it are replaced; no other file does that. The untrained network of the second table is not the random start of the first."
+def test_update_writes_the_file_from_its_table_alone(tmp_path):
+    "What another table left in the file is gone."
     def done(stem, value, methods):
         table = tmp_path/f'{stem}.yaml'
         table.write_text(''.join(f'- name: "{m}, seed 1"\n  experiment: pretrain\n  parameters: {{store: "phantoms:60+real:pairs:1/3", profile_name: "demo", method: "{m}"}}\n' for m in methods))
@@ -186,24 +186,29 @@ def test_update_keeps_methods_of_the_other_table_of_real_films(tmp_path):
             plan.folder.mkdir(parents=True); write_json(plan.folder/'done.json', dict(seconds=1, parameters=plan.parameters)); write_json(plan.folder/'metrics.json', {'image_to_text_R@1': value})
         path = update_bench(table, tmp_path/stem, tmp_path/'bench')[0]
         return path.name, [(r.method, r.value) for r in pd.read_csv(path).itertuples()]
-    assert done('real_methods', .1, ['g2d', 'mgca']) == ('real.csv', [('g2d', .1), ('mgca', .1)])
-    assert done('real_peers', .2, ['mgca', 'mrm']) == ('real.csv', [('g2d', .1), ('mgca', .2), ('mrm', .2)])
-    columns = ['method', 'seed', 'task', 'fraction', 'metric', 'value', 'low', 'high']
-    def rows(*some): return pd.DataFrame([(m, 1, t, float('nan'), 'x', v, float('nan'), float('nan')) for m, t, v in some], columns=columns)
-    shown = lambda frame: [(r.method, r.task, r.value) for r in frame.itertuples()]
-    first = rows(('random', 'masks', 1), ('random', 'linear', 2), ('g2d', 'masks', 3))
-    assert shown(_beside(first, rows(('random', 'masks', 7), ('mrm', 'masks', 8)))) == shown(first) + [('mrm', 'masks', 8)]
-    again = rows(('random', 'masks', 7), ('random', 'linear', 8))
-    assert shown(_beside(first, again)) == [('g2d', 'masks', 3)] + shown(again)
-    assert shown(_beside(first.iloc[2:], again)) == [('g2d', 'masks', 3)] + shown(again)
-    assert done('a_ideas', .1, ['g2d']) == ('ideas.csv', [('g2d', .1)]) and done('b_ideas', .2, ['mrm']) == ('ideas.csv', [('mrm', .2)])
+    for name in ('real', 'ideas'):
+        assert done(f'{name}_a', .1, ['g2d', 'mgca']) == (f'{name}.csv', [('g2d', .1), ('mgca', .1)])
+        assert done(f'{name}_b', .2, ['mgca', 'mrm']) == (f'{name}.csv', [('mgca', .2), ('mrm', .2)])
+
+
+def test_real_films_have_every_method_in_every_fold():
+    "All pre-trainings and tasks of the table of real films, with the films of one fold left out of its pre-training."
+    rows = read_rows(TABLES/'real_methods.yaml')
+    trained = {r.name: r.parameters['store'] for r in rows if r.experiment == 'pretrain'}
+    assert set(trained) == {f'{m}, seed {k}' for m in ('g2d', 'shuffled', 'global_only', 'mgca', 'gloria', 'mrm', 'mpma', 'reconstruction', 'g2d real pairs only') for k in (1, 2, 3)}
+    assert all(store.endswith(f'real:pairs:{name[-1]}/3') for name, store in trained.items())
+    for name in trained:
+        tested = [r for r in rows if r.parameters.get('checkpoint') == f'run:{name}/training']
+        assert all(r.parameters['store'].endswith(f':{name[-1]}/3') for r in tested)
+        films = [(r.parameters['store'].split(':')[1], f) for r in tested for f in np.atleast_1d(r.parameters['fraction'])]
+        assert sorted(films) == sorted((s, f) for s in ('kermany', 'nih', 'covid') for f in (.01, .1, 1.)), name
 
 
 def test_batch_tables():
     "The rows that both tables have are the same runs; every pre-training builds a profile; three seeds a method; all tasks at full size."
     from g2d.models.comparators import comparator
     ideas, small, full = (read_rows(TABLES/f'{name}.yaml') for name in ('phantom_ideas', 'phantom_methods', 'phantombench'))
-    for name in ('phantom_methods', 'phantom_ideas', 'phantom_attention', 'phantom_mpma', 'phantom_longer', 'real_peers', 'real_methods'): assert {r.threads for r in read_rows(TABLES/f'{name}.yaml')} == {1}, f'{name}: figures repeat to the last digit on one thread only'
+    for name in ('phantom_methods', 'phantom_ideas', 'phantom_attention', 'phantom_mpma', 'phantom_longer', 'real_methods'): assert {r.threads for r in read_rows(TABLES/f'{name}.yaml')} == {1}, f'{name}: figures repeat to the last digit on one thread only'
     known = {r.name: (r.experiment, json.dumps(r.parameters, sort_keys=True)) for r in small}
     for r in ideas:
         if r.name.startswith('g2d,'): assert known[r.name] == (r.experiment, json.dumps(r.parameters, sort_keys=True))
