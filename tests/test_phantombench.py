@@ -117,6 +117,31 @@ def test_real_films_are_tasks_of_their_own_and_folds_are_seeds():
     assert set(claim['verdict']) == {'leads'}
 
 
+def test_whole_networks_are_tasks_and_other_networks_are_methods_of_their_own(tmp_path):
+    "A fine-tuning of all weights is not mixed with one of the decoder, nor a random start of one network with that of another."
+    found, names = [], {'random and ImageNet': (('random', .30), ('ImageNet', .35)), 'random and ImageNet, network of finer grid': (('random', .40), ('G2D encoder', .9)),
+                        'run:g2d, seed {}/training': (('G2D encoder', .50), ('G2D encoder + decoder', .60)), 'run:shuffled, seed {}/training': (('G2D encoder + decoder', .55),)}
+    for freeze, more in (('no', .1), ('weights', 0.)):
+        for fraction in (.01, 1.):
+            for row, starts in names.items():
+                for start, value in starts:
+                    for k in range(3):
+                        found.append(number('Dice, ' + row.format(k), 'segmentation', 'dice_positives', value + more + .001*k + .05*(fraction == 1.), method=start, fraction=fraction, seed=0 if '{}' in row else k, parameters=json.dumps(dict(freeze=freeze))))
+    rows = bench_rows(pd.DataFrame(found))
+    at = {(r.method, r.task): round(r.value, 6) for r in rows[(rows.fraction == .01) & (rows.seed == 1)].itertuples()}
+    whole = ', whole network'
+    assert at == {('random', 'segmentation, encoder'): .301, ('random', 'segmentation, encoder' + whole): .401, ('ImageNet', 'segmentation, encoder'): .351, ('ImageNet', 'segmentation, encoder' + whole): .451,
+                  ('random, network of finer grid', 'segmentation, encoder'): .401, ('random, network of finer grid', 'segmentation, encoder' + whole): .501,
+                  ('g2d', 'segmentation, encoder'): .501, ('g2d', 'segmentation, encoder' + whole): .601, ('g2d', 'segmentation, encoder + decoder'): .601, ('g2d', 'segmentation, encoder + decoder' + whole): .701,
+                  ('shuffled', 'segmentation, encoder + decoder'): .551, ('shuffled', 'segmentation, encoder + decoder' + whole): .651}
+    claim = claim_table(rows).set_index(['task', 'peer'])
+    assert claim.loc[('segmentation' + whole, 'random'), 'difference'] == '+0.250' and claim.loc[('segmentation' + whole, 'shuffled'), 'verdict'] == 'intervals overlap' and len(claim) == 8
+    assert set(paired_table(rows, 'shuffled')['method']) == {'g2d'}       # a start without pre-training shares no seed with one that has it
+    rows.to_csv(tmp_path/'tuning.csv', index=False)
+    text = bench_text(tmp_path)
+    for part in ('Fine-tuning given time: segmentation, encoder, whole network', 'Fine-tuning given time, the claim', 'Fine-tuning given time: against "shuffled", paired by seed'): assert part in text, part
+
+
 def test_the_longer_run_and_the_real_films_are_printed(rows, tmp_path):
     both = pd.concat([rows.replace(dict(method=dict(gloria='g2d shuffled'))), rows.replace(dict(method=dict(gloria='finer grid', mgca='finer grid shuffled')))])
     both.drop_duplicates(['method', 'seed', 'task', 'fraction', 'metric']).to_csv(tmp_path/'longer.csv', index=False)
@@ -204,11 +229,22 @@ def test_real_films_have_every_method_in_every_fold():
         assert sorted(films) == sorted((s, f) for s in ('kermany', 'nih', 'covid') for f in (.01, .1, 1.)), name
 
 
+def test_fine_tuning_is_the_only_difference_of_the_table_that_gives_it_time():
+    "The pre-trainings are those of the longer run; every start is tuned alike, on both shares."
+    tuning, longer = read_rows(TABLES/'phantom_tuning.yaml'), read_rows(TABLES/'phantom_longer.yaml')
+    known = {json.dumps(r.parameters, sort_keys=True) for r in longer if r.experiment == 'pretrain'}
+    assert all((json.dumps(r.parameters, sort_keys=True) in known) == (r.parameters['method'] != 'global_only') for r in tuning if r.experiment == 'pretrain')
+    tuned = [r.parameters for r in tuning if r.experiment == 'segmentation']
+    assert {(p['store'], p['size'], p['protocol'], p['steps'], p['limit']) for p in tuned} == {('phantoms:2600', 96, 'demo', 600, 200)}
+    starts = {key: {p.get('checkpoint', p.get('network')) for p in tuned if (p['freeze'], p['fraction']) == key} for key in (('no', .01), ('no', 1.), ('weights', .01), ('weights', 1.))}
+    assert starts['no', .01] == starts['no', 1.] and starts['weights', .01] == starts['weights', 1.] and sum(map(len, starts.values())) == len(tuned)
+
+
 def test_batch_tables():
     "The rows that both tables have are the same runs; every pre-training builds a profile; three seeds a method; all tasks at full size."
     from g2d.models.comparators import comparator
     ideas, small, full = (read_rows(TABLES/f'{name}.yaml') for name in ('phantom_ideas', 'phantom_methods', 'phantombench'))
-    for name in ('phantom_methods', 'phantom_ideas', 'phantom_attention', 'phantom_mpma', 'phantom_longer', 'real_methods'): assert {r.threads for r in read_rows(TABLES/f'{name}.yaml')} == {1}, f'{name}: figures repeat to the last digit on one thread only'
+    for name in ('phantom_methods', 'phantom_ideas', 'phantom_attention', 'phantom_mpma', 'phantom_longer', 'phantom_tuning', 'phantom_over_training', 'real_methods'): assert {r.threads for r in read_rows(TABLES/f'{name}.yaml')} == {1}, f'{name}: figures repeat to the last digit on one thread only'
     known = {r.name: (r.experiment, json.dumps(r.parameters, sort_keys=True)) for r in small}
     for r in ideas:
         if r.name.startswith('g2d,'): assert known[r.name] == (r.experiment, json.dumps(r.parameters, sort_keys=True))
@@ -246,6 +282,22 @@ def test_attention_rows_name_map_step_and_control():
     assert tuple(told) == ATTENTION_COLUMNS and told.values.tolist() == [['a b', 2, 'attention head 3', 'cells', 'own film', 'iou', .3333], ['a b', 2, 'report', 'masked', 'own film', 'entropy', .3333],
         ['a b', 2, 'report', 'smooth', 'mean of the others', 'iou', .3333], ['a b, untrained', 2, 'truth', 'cells', 'own film', 'iou', .3333]]
     with pytest.raises(G2DError, match='nothing for attention.csv'): attention_rows(pd.DataFrame([row('dice', experiment='segmentation')]))
+
+
+def test_attention_over_training_comes_from_the_kept_epochs(tmp_path):
+    from g2d.phantombench import OVER_COLUMNS, over_training_rows, over_training_table
+    for seed in range(2):
+        (tmp_path/str(seed)).mkdir()
+        pd.DataFrame([dict(epoch=e, map=m, head=h, shown=s, step='cells', metric='entropy', value=v, low=0., high=1.) for e in (0, 1) for m, h, s, v in
+                      (('attention', 'mean', 'own', .5 + seed + e), ('attention', '2', 'own', 9.), ('attention', 'mean', 'another film', .25), ('report', '', 'own', 9.), ('prediction', '', 'own', None if e == 0 else .75))]).to_csv(tmp_path/str(seed)/'course.csv', index=False)
+    frame = pd.DataFrame([dict(row=f'attention over training, run:a b, seed {s}/training', experiment='attention', folder=str(tmp_path/str(s)), metric=m) for s in range(3) for m in ('x', 'y')] + [dict(row='a b, seed 0', experiment='pretrain', folder=str(tmp_path/'0'), metric='x')])
+    rows = over_training_rows(frame)
+    assert tuple(rows) == OVER_COLUMNS
+    assert rows.values.tolist() == [['a b', s, *r] for s in range(2) for r in ([0, 'attention', 'cells', 'own film', 'entropy', .5 + s], [0, 'attention', 'cells', 'another film', 'entropy', .25],
+        [1, 'attention', 'cells', 'own film', 'entropy', 1.5 + s], [1, 'attention', 'cells', 'another film', 'entropy', .25], [1, 'prediction', 'cells', 'own film', 'entropy', .75])]
+    told = over_training_table(rows)
+    assert told[['measure', 'method', 'epoch 0', 'epoch 1']].values.tolist() == [['entropy, cells', 'a b', 1., 2.]]
+    with pytest.raises(G2DError, match='nothing for over_training.csv'): over_training_rows(frame[frame['experiment'] == 'pretrain'])
 
 
 def test_course_comes_from_the_validation_of_each_epoch(tmp_path):
