@@ -58,10 +58,13 @@ def _is_g2d(path):
 
 # %% ../../nbs/tasks/49_training.ipynb #e28ec347
 def make_encoder(start: Start): # -> ImageEncoder
-    "The image encoder of a start; `encoder.weights` says what it got."
+    "The image encoder of a start; `encoder.weights` says what it got. What is built behind it draws the same random numbers whatever the start."
     from g2d.models.image_encoder import ImageEncoder
     p = start.profile
-    encoder = ImageEncoder(p.image_encoder, p.pretrained if start.checkpoint is None else False, p.in_chans, p.output_stride, p.normalise, depth=p.encoder_depth)
+    build = lambda pretrained: ImageEncoder(p.image_encoder, pretrained, p.in_chans, p.output_stride, p.normalise, depth=p.encoder_depth)
+    encoder = build(False)
+    if start.checkpoint is None and p.pretrained: # weights come with draws of their own: without this, an ImageNet start had another decoder than its peers
+        with torch.random.fork_rng(devices=[]): encoder = build(p.pretrained)
     if start.checkpoint is not None:
         load_part(encoder, start.checkpoint, 'image_encoder')
         encoder.weights = start.checkpoint.about.get('start_weights', {}).get('image', 'unknown') + ', then g2d pre-training'
