@@ -812,6 +812,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'g2d.demo.demo_runs': ('demo.html#demo_runs', 'g2d/demo.py'),
                           'g2d.demo.write_page': ('demo.html#write_page', 'g2d/demo.py')},
             'g2d.evidence': { 'g2d.evidence._chosen': ('evidence.html#_chosen', 'g2d/evidence.py'),
+                              'g2d.evidence._difference': ('evidence.html#_difference', 'g2d/evidence.py'),
                               'g2d.evidence._folder': ('evidence.html#_folder', 'g2d/evidence.py'),
                               'g2d.evidence._frame': ('evidence.html#_frame', 'g2d/evidence.py'),
                               'g2d.evidence._read': ('evidence.html#_read', 'g2d/evidence.py'),

@@ -49,14 +49,27 @@ def _chosen(frame, wanted, question):
     if not len(frame): raise G2DError(f'"{question}" finds no row.')
     return frame
 
+def _difference(frame, parts, question):
+    "Two measurements, seed by seed: one row with the mean difference and Student's interval."
+    from scipy.stats import t
+    one, other = (_chosen(frame, wanted, question).set_index('seed')['value'] for wanted in parts)
+    if one.index.has_duplicates or other.index.has_duplicates: raise G2DError(f'"{question}" finds several measurements with one seed; expected one on each side of minus.')
+    d = (one - other).dropna()
+    if len(d) < 2: raise G2DError(f'"{question}" finds {len(d)} seeds that both sides have; expected two or more.')
+    half = float(t.ppf(.975, len(d) - 1)*d.std(ddof=1)/len(d)**.5)
+    return pd.DataFrame([dict(difference=d.mean(), low=d.mean() - half, high=d.mean() + half, half=half, seeds=len(d))])
+
 def look_up(question: str, # FILE: column=value; column=value => format
             folder: str | Path | None = None # of the results; that of the repository if None
            ) -> str:
     "The figure that a question asks for, as text. Raises `G2DError` for a file, column or row that is not there, and for rows of more than one measurement."
     asked, _, shown = question.partition('=>')
     name, _, words = asked.partition(':')
-    wanted = dict(tuple(x.strip() for x in part.split('=', 1)) for part in words.split(';') if '=' in part)
-    frame = _chosen(_frame(name.strip(), _folder(folder)), wanted, question.strip())
+    parts = [dict(tuple(x.strip() for x in part.split('=', 1)) for part in side.split(';') if '=' in part) for side in re.split(r'\bminus\b', words)]
+    frame = _frame(name.strip(), _folder(folder))
+    if len(parts) > 1 and not {'seed', 'value'} <= set(frame): raise G2DError(f'"{question.strip()}" takes one measurement from another, but {name.strip()} has no columns seed and value.')
+    frame = _difference(frame, parts, question.strip()) if len(parts) == 2 else _chosen(frame, parts[0], question.strip())
+    if len(parts) == 2: shown = shown or '{difference:+.3f} ({low:.3f} to {high:.3f})'
     if {'seed', 'value'} <= set(frame):
         from g2d.results import over_seeds
         by = [c for c in frame if c not in ('seed', 'value', 'low', 'high')]
