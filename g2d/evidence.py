@@ -57,7 +57,7 @@ def _difference(frame, parts, question):
     d = (one - other).dropna()
     if len(d) < 2: raise G2DError(f'"{question}" finds {len(d)} seeds that both sides have; expected two or more.')
     half = float(t.ppf(.975, len(d) - 1)*d.std(ddof=1)/len(d)**.5)
-    return pd.DataFrame([dict(difference=d.mean(), low=d.mean() - half, high=d.mean() + half, half=half, seeds=len(d))])
+    return pd.DataFrame([dict(difference=d.mean(), low=d.mean() - half, high=d.mean() + half, half=half, seeds=len(d))]).astype(object)   # seeds stay whole
 
 def look_up(question: str, # FILE: column=value; column=value => format
             folder: str | Path | None = None # of the results; that of the repository if None

@@ -166,7 +166,7 @@ def update_bench(table: str | Path, # the batch table that was run
     frame, name = of_table(collect(root), table, root), next((n for n in ('over_training', 'ideas', 'attention', 'real', 'longer', 'tuning') if n in Path(table).stem), 'methods')
     rows, path = dict(attention=attention_rows, over_training=over_training_rows).get(name, bench_rows)(frame), Path(folder)/f'{name}.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = {path: rows} | ({path.with_name('course.csv'): course} if name == 'methods' and len(course := course_rows(frame)) else {})
+    files = {path: rows} | ({path.with_name('course.csv'): course} if name == 'attention' and len(course := course_rows(frame)) else {})     # the table with every method and grid
     for file, content in files.items():
         with atomic_path(file) as temporary: content.to_csv(temporary, index=False)
     return path, frame.attrs['open']
