@@ -250,7 +250,7 @@ def test_fine_tuning_is_the_only_difference_of_the_table_that_gives_it_time():
     tuned = [r.parameters for r in tuning if r.experiment == 'segmentation']
     assert {(p['store'], p['size'], p['protocol'], p['steps'], p['limit']) for p in tuned} == {('phantoms:2600', 96, 'demo', 400, 200)}
     starts = {key: {p.get('checkpoint', p.get('network')) for p in tuned if (p['freeze'], p['fraction']) == key} for key in (('no', .01), ('no', 1.))}
-    assert starts['no', .01] == starts['no', 1.] and sum(map(len, starts.values())) == len(tuned)
+    assert {s for s in starts['no', .01] if 'shuffled' not in s} == starts['no', 1.] and sum(map(len, starts.values())) == len(tuned)       # the control with few masks alone
 
 
 def test_batch_tables():
