@@ -230,13 +230,13 @@ def test_real_films_have_every_method_in_every_fold():
 
 
 def test_a_fine_tuning_has_the_seed_of_its_pre_training():
-    "Else every interval over seeds would leave out what the decoder or head began with, which is the same draw for all of one seed."
+    "Else every interval over seeds would leave out what the decoder began with, which is the same draw for all of one seed."
     import re
     seen = 0
     for name in ('phantom_methods', 'phantom_ideas', 'phantom_attention', 'phantom_longer', 'phantom_tuning', 'real_methods', 'phantombench'):
         for r in read_rows(TABLES/f'{name}.yaml'):
-            named = re.search(r'run:.+, seed (\d+)/', str(r.parameters.get('checkpoint') or r.parameters.get('starts') or ''))
-            if r.experiment not in ('segmentation', 'detection') or named is None or r.parameters['seeds'] > 1: continue     # rows of three seeds are for random and ImageNet
+            named = re.search(r'run:.+, seed (\d+)/', str(r.parameters.get('checkpoint') or ''))
+            if r.experiment != 'segmentation' or named is None or r.parameters['seeds'] > 1: continue     # rows of three seeds are for random and ImageNet
             seen += 1
             assert r.parameters.get('first_seed', 0) == int(named[1]), (name, r.name)
     assert seen > 300
@@ -249,8 +249,8 @@ def test_fine_tuning_is_the_only_difference_of_the_table_that_gives_it_time():
     assert all(json.dumps(r.parameters, sort_keys=True) in known for r in tuning if r.experiment == 'pretrain')
     tuned = [r.parameters for r in tuning if r.experiment == 'segmentation']
     assert {(p['store'], p['size'], p['protocol'], p['steps'], p['limit']) for p in tuned} == {('phantoms:2600', 96, 'demo', 400, 200)}
-    starts = {key: {p.get('checkpoint', p.get('network')) for p in tuned if (p['freeze'], p['fraction']) == key} for key in (('no', .01), ('no', 1.))}
-    assert {s for s in starts['no', .01] if 'shuffled' not in s} == starts['no', 1.] and sum(map(len, starts.values())) == len(tuned)       # the control with few masks alone
+    starts = {key: {p.get('checkpoint', p.get('network')) for p in tuned if (p['freeze'], p['fraction']) == key} for key in (('no', .01), ('no', 1.), ('weights', .01), ('weights', 1.))}
+    assert {s for s in starts['no', .01] if 'shuffled' not in s} == starts['no', 1.] == starts['weights', .01] == starts['weights', 1.] and sum(map(len, starts.values())) == len(tuned)       # the control with few masks alone
 
 
 def test_batch_tables():
