@@ -239,14 +239,14 @@ def test_a_fine_tuning_has_the_seed_of_its_pre_training():
             if r.experiment != 'segmentation' or named is None or r.parameters['seeds'] > 1: continue     # rows of three seeds are for random and ImageNet
             seen += 1
             assert r.parameters.get('first_seed', 0) == int(named[1]), (name, r.name)
-    assert seen > 300
+    assert seen > 250
 
 
 def test_fine_tuning_is_the_only_difference_of_the_table_that_gives_it_time():
     "The pre-trainings are those of the longer run; every start is tuned alike, on both shares."
     tuning, longer = read_rows(TABLES/'phantom_tuning.yaml'), read_rows(TABLES/'phantom_longer.yaml')
     known = {json.dumps(r.parameters, sort_keys=True) for r in longer if r.experiment == 'pretrain'}
-    assert all(json.dumps(r.parameters, sort_keys=True) in known for r in tuning if r.experiment == 'pretrain')
+    assert all((json.dumps(r.parameters, sort_keys=True) in known) == (r.parameters['method'] != 'global_only') for r in tuning if r.experiment == 'pretrain')
     tuned = [r.parameters for r in tuning if r.experiment == 'segmentation']
     assert {(p['store'], p['size'], p['protocol'], p['steps'], p['limit']) for p in tuned} == {('phantoms:2600', 96, 'demo', 400, 200)}
     starts = {key: {p.get('checkpoint', p.get('network')) for p in tuned if (p['freeze'], p['fraction']) == key} for key in (('no', .01), ('no', 1.), ('weights', .01), ('weights', 1.))}
