@@ -145,6 +145,15 @@ def test_extra_column_only_when_used(tmp_path):
     index = RadiographStore.open(tmp_path/'s').index
     assert tuple(index.columns) == columns and (index.image_id[0], index.patient_id[0]) == ('1', '2')
 
+def test_what_a_killed_writer_could_not_rename_is_cleared_away(tmp_path):
+    write(tmp_path/'whole', 6)
+    (tmp_path/'cut').mkdir()
+    (tmp_path/'cut'/'.journal.jsonl.31467.tmp').write_bytes(b'{"g2d')
+    write(tmp_path/'cut', 6)
+    assert sorted(p.name for p in (tmp_path/'cut').iterdir()) == sorted(p.name for p in (tmp_path/'whole').iterdir())
+    assert all((tmp_path/'cut'/f).read_bytes() == (tmp_path/'whole'/f).read_bytes() for f in files)
+
+
 def test_writer_refuses(tmp_path):
     with StoreWriter(tmp_path/'s', size=16) as writer:
         writer.add(film(0)[0], image_id='a', patient_id='p')

@@ -259,6 +259,7 @@ class StoreWriter:
 def _start(self: StoreWriter):
     "Begin, continue, or note that the store is finished."
     path = self.path
+    for left in path.glob(f'.{_journal}.*.tmp'): left.unlink(missing_ok=True)  # of a process that was killed before it could rename it: this one holds the lock
     if (path/'manifest.json.part').exists(): _finish_renames(path)
     if (path/_journal).exists() and not (path/_part).exists(): (path/_journal).unlink()
     self.finished = (path/'manifest.json').exists() and not (path/_journal).exists()
