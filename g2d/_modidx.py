@@ -816,6 +816,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'g2d.evidence._folder': ('evidence.html#_folder', 'g2d/evidence.py'),
                               'g2d.evidence._frame': ('evidence.html#_frame', 'g2d/evidence.py'),
                               'g2d.evidence._read': ('evidence.html#_read', 'g2d/evidence.py'),
+                              'g2d.evidence._read_paired': ('evidence.html#_read_paired', 'g2d/evidence.py'),
                               'g2d.evidence.checked': ('evidence.html#checked', 'g2d/evidence.py'),
                               'g2d.evidence.found_page': ('evidence.html#found_page', 'g2d/evidence.py'),
                               'g2d.evidence.look_up': ('evidence.html#look_up', 'g2d/evidence.py'),

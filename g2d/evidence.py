@@ -24,6 +24,11 @@ def _folder(folder=None):
 @lru_cache(maxsize=64)
 def _read(path, changed): return pd.read_csv(path)
 
+@lru_cache(maxsize=64)
+def _read_paired(path, changed, reference): # a page asks for hundreds of rows of the same table
+    from g2d.phantombench import paired_table
+    return paired_table(_read(path, changed), reference)
+
 def _frame(name, folder):
     "A file of the results, the paired differences of one, or what others printed."
     if name in ('published', 'trivial'):
@@ -33,10 +38,8 @@ def _frame(name, folder):
     if words is None: raise G2DError(f'"{name}" names no file of results; expected e.g. methods, or paired ideas against g2d.')
     path = next((p for p in (folder/'phantombench'/f'{words[2]}.csv', folder/f'{words[2]}.csv', folder/'bench'/f'{words[2]}.csv') if p.is_file()), None)
     if path is None: raise G2DError(f'There is no file {words[2]}.csv in {folder}.')
-    frame = _read(path, path.stat().st_mtime_ns)
-    if not words[1]: return frame
-    from g2d.phantombench import paired_table
-    return paired_table(frame, words[3])
+    changed = path.stat().st_mtime_ns
+    return _read_paired(path, changed, words[3]) if words[1] else _read(path, changed)
 
 # %% ../nbs/65_evidence.ipynb #a8f58c98
 def _chosen(frame, wanted, question):
