@@ -62,6 +62,7 @@ def _difference(frame, parts, question):
     half = float(t.ppf(.975, len(d) - 1)*d.std(ddof=1)/len(d)**.5)
     return pd.DataFrame([dict(difference=d.mean(), low=d.mean() - half, high=d.mean() + half, half=half, seeds=len(d))]).astype(object)   # seeds stay whole
 
+# %% ../nbs/65_evidence.ipynb #85c4642d
 def look_up(question: str, # FILE: column=value; column=value => format
             folder: str | Path | None = None # of the results; that of the repository if None
            ) -> str:
