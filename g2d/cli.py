@@ -216,7 +216,7 @@ def results(what: Annotated[Optional[str], typer.Argument(help='phantombench: th
             notebooks: Annotated[bool, typer.Option('--notebooks', help='with --page: also each executed notebook as HTML')] = False,
             output: Annotated[Optional[Path], typer.Option(help='folder of the runs; settings.ini if not given')] = None,
             bench_: Annotated[Optional[Path], typer.Option('--results', help='phantombench, found: folder of the CSVs; that of the repository if not given')] = None,
-            update: Annotated[bool, typer.Option('--update', help='phantombench: write methods.csv (or ideas.csv, longer.csv, tuning.csv, real.csv, attention.csv, over_training.csv) from the finished runs of --table; found: write the figures anew')] = False):
+            update: Annotated[bool, typer.Option('--update', help='phantombench: write methods.csv (or ideas.csv, longer.csv, tuning.csv, stage.csv, real.csv, attention.csv, over_training.csv) from the finished runs of --table; found: write the figures anew')] = False):
     "A table over all finished runs, or a page of pictures; the tables of the benchmark on phantoms; or what we found."
     from g2d.results import collect, keep, of_table, over_seeds, beside_published, render, write_page, FORMATS
     if form not in FORMATS: raise G2DError(f'There is no format "{form}"; there is {", ".join(FORMATS)}.')

@@ -147,7 +147,7 @@ def bench_folder(folder: str | Path | None = None) -> Path:
         if any(place.glob('*.csv')): return place
     raise G2DError(f'There are no results of PhantomBench in {" or ".join(map(str, places))}; --results DIR says where they lie.')
 
-def read_bench(folder: Path, name: str # methods, ideas, longer, tuning or real
+def read_bench(folder: Path, name: str # methods, ideas, longer, tuning, stage or real
               ) -> pd.DataFrame | None: # None where there is no such file
     "A file of the benchmark. Raises `G2DError` naming a column that it lacks."
     path = folder/f'{name}.csv'
@@ -160,9 +160,9 @@ def update_bench(table: str | Path, # the batch table that was run
                  root: str | Path | None = None, # the output folder; settings.output_root if None
                  folder: str | Path = 'results/phantombench' # where the file is written
                 ) -> tuple[Path, list]: # the file, and rows of the table that are not finished
-    "Write methods.csv, ideas.csv, longer.csv, tuning.csv, real.csv, attention.csv or over_training.csv (the table's name says which) from its finished runs."
+    "Write methods.csv, ideas.csv, longer.csv, tuning.csv, stage.csv, real.csv, attention.csv or over_training.csv (the table's name says which) from its finished runs."
     from g2d.results import collect, of_table
-    frame, name = of_table(collect(root), table, root), next((n for n in ('over_training', 'ideas', 'attention', 'real', 'longer', 'tuning') if n in Path(table).stem), 'methods')
+    frame, name = of_table(collect(root), table, root), next((n for n in ('over_training', 'ideas', 'attention', 'real', 'longer', 'tuning', 'stage') if n in Path(table).stem), 'methods')
     rows, path = dict(attention=attention_rows, over_training=over_training_rows).get(name, bench_rows)(frame), Path(folder)/f'{name}.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
     files = {path: rows} | ({path.with_name('course.csv'): course} if name == 'attention' and len(course := course_rows(frame)) else {})     # the table with every method and grid
@@ -269,10 +269,10 @@ def attention_table(frame: pd.DataFrame) -> pd.DataFrame:
     return wide[list(dict.fromkeys(means['metric']))].reindex(pd.MultiIndex.from_frame(cases) if len(by) > 1 else cases[by[0]] if by else wide.index).reset_index(drop=not by).fillna('')
 
 # %% ../nbs/64_phantombench.ipynb #5e8cae8f
-def _paired(add, rows, what):
+def _ideas(add, rows):
     "Ideas against their reference."
     table = paired_table(rows)
-    add(f'{what} against "{table["reference"].iloc[0]}", paired by seed' if len(table) else what, table.drop(columns='reference') if len(table) else 'Only the reference was run.\n')
+    add(f'Ideas against "{table["reference"].iloc[0]}", paired by seed' if len(table) else 'Ideas', table.drop(columns='reference') if len(table) else 'Only the reference was run.\n')
 
 def _longer(add, rows):
     "The longer run: its tables, then each method against its like with the masks of other films."
@@ -288,6 +288,11 @@ def _tuning(add, rows):
     claim = claim_table(rows)
     if len(claim): add('Fine-tuning given time, the claim: G2D with 1 % of the masks against each peer with 100 %', claim)
     if 'shuffled' in set(rows['method']): add('Fine-tuning given time: against "shuffled", paired by seed', paired_table(rows, 'shuffled').drop(columns='reference'))
+
+def _stage(add, rows):
+    "The stage that is pooled: its tables, then each against the dilated last one."
+    for task, table in method_tables(rows).items(): add(f'The stage that is pooled: {task}', table.reset_index())
+    if 'last stage dilated' in set(rows['method']): add('The stage that is pooled: against "last stage dilated", paired by seed', paired_table(rows, 'last stage dilated').drop(columns='reference'))
 
 def _attention(folder, add):
     "Masks over training, and where attention looks."
@@ -314,14 +319,13 @@ def bench_text(folder: str | Path | None = None, # where the CSVs lie
         for task, table in method_tables(rows).items(): add(task, table.reset_index())
         claim = claim_table(rows)
         add('The claim: G2D with 1 % of the labels against each peer with 100 %', claim if len(claim) else nothing)
-    if (rows := read_bench(folder, 'ideas')) is not None: _paired(add, rows, 'Ideas')
-    if (rows := read_bench(folder, 'longer')) is not None: _longer(add, rows)
-    if (rows := read_bench(folder, 'tuning')) is not None: _tuning(add, rows)
+    for name, section in dict(ideas=_ideas, longer=_longer, tuning=_tuning, stage=_stage).items():
+        if (rows := read_bench(folder, name)) is not None: section(add, rows)
     if (rows := read_bench(folder, 'real')) is not None:
         for task, table in method_tables(rows).items(): add(f'Real films: {task}', table.reset_index())
         claim = claim_table(rows)
         add('Real films, the claim: G2D with 1 % of the labels against each peer with 100 %', claim if len(claim) else nothing)
         add('Real films: against "global_only", paired by fold', paired_table(rows, 'global_only').drop(columns='reference') if 'global_only' in set(rows['method']) else 'There is no "global_only" to compare with.\n')
     _attention(folder, add)
-    if not parts: raise G2DError(f'{folder} holds none of methods.csv, ideas.csv, longer.csv, tuning.csv, real.csv, attention.csv and over_training.csv.')
+    if not parts: raise G2DError(f'{folder} holds none of methods.csv, ideas.csv, longer.csv, tuning.csv, stage.csv, real.csv, attention.csv and over_training.csv.')
     return '\n'.join(parts)

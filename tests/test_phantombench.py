@@ -1,5 +1,5 @@
 "PhantomBench: rows from runs, means, claim, paired ideas and attention against plain arithmetic, the command line, and the batch tables."
-import json, math, sys
+import json, math, re, sys
 from pathlib import Path
 import numpy as np, pandas as pd
 import pytest
@@ -144,7 +144,9 @@ def test_the_longer_run_and_the_real_films_are_printed(rows, tmp_path):
     both = pd.concat([rows.replace(dict(method=dict(gloria='g2d shuffled'))), rows.replace(dict(method=dict(gloria='finer grid', mgca='finer grid shuffled')))])
     both.drop_duplicates(['method', 'seed', 'task', 'fraction', 'metric']).to_csv(tmp_path/'longer.csv', index=False)
     rows.assign(task=rows['task'] + ', kermany').replace(dict(method=dict(mgca='global_only'))).to_csv(tmp_path/'real.csv', index=False)
+    rows.replace(dict(method=dict(gloria='last stage dilated'))).to_csv(tmp_path/'stage.csv', index=False)
     text = bench_text(tmp_path)
+    assert re.search(r'## The stage that is pooled: against "last stage dilated", paired by seed\n\n\|[^\n]*\n[^\n]*\n\| g2d \|', text) and '## The stage that is pooled: segmentation, encoder' in text
     for part in ('Longer run: "g2d" against the masks of other films', 'Longer run: "finer grid" against the masks of other films', 'Real films: segmentation, encoder, kermany', 'Real films, the claim', 'Real films: against "global_only", paired by fold'): assert part in text, part
 
 
@@ -229,9 +231,8 @@ def test_real_films_have_every_method_in_every_fold():
 
 def test_a_fine_tuning_has_the_seed_of_its_pre_training():
     "Else every interval over seeds would leave out what the decoder began with, which is the same draw for all of one seed."
-    import re
     seen = 0
-    for name in ('phantom_methods', 'phantom_ideas', 'phantom_attention', 'phantom_longer', 'phantom_tuning', 'real_methods', 'phantombench'):
+    for name in ('phantom_methods', 'phantom_ideas', 'phantom_attention', 'phantom_longer', 'phantom_tuning', 'phantom_stage', 'real_methods', 'phantombench'):
         for r in read_rows(TABLES/f'{name}.yaml'):
             named = re.search(r'run:.+, seed (\d+)/', str(r.parameters.get('checkpoint') or ''))
             if r.experiment != 'segmentation' or named is None or r.parameters['seeds'] > 1: continue     # rows of three seeds are for random and ImageNet
@@ -251,11 +252,28 @@ def test_fine_tuning_is_the_only_difference_of_the_table_that_gives_it_time():
     assert {s for s in starts['no', .01] if 'shuffled' not in s} == starts['no', 1.] == starts['weights', .01] == starts['weights', 1.] and sum(map(len, starts.values())) == len(tuned)       # the control with few masks alone
 
 
+def test_the_stages_differ_in_the_network_alone():
+    "Both rows that the longer run has are the same runs; each network is tuned alike; the last stage and the one before have cells of the same size."
+    from g2d.profiles import profile
+    stage, longer = read_rows(TABLES/'phantom_stage.yaml'), read_rows(TABLES/'phantom_longer.yaml')
+    as_text = lambda r: json.dumps(dict(r.parameters, checkpoint=None), sort_keys=True)
+    known = {r.name: as_text(r) for r in longer}
+    assert {r.name.split(', seed')[0] for r in stage if known.get(r.name) == as_text(r) and r.experiment == 'pretrain'} == {'g2d', 'finer grid'}
+    nets = {r.name: r.parameters for r in stage if r.experiment == 'pretrain'}
+    shape = {name.split(',')[0]: (q.encoder_depth, q.output_stride) for name, p in nets.items() for q in [profile('demo', **p['overrides'])]}
+    assert shape == {'g2d': (4, 32), 'finer grid': (4, 8), 'coarser grid': (5, 32), 'last stage dilated': (5, 16), 'last stage dilated shuffled': (5, 16)}
+    network = ('encoder_depth', 'output_stride', 'decoder_channels')
+    assert len({json.dumps({k: v for k, v in p['overrides'].items() if k not in network}, sort_keys=True) for p in nets.values()}) == 3       # one a seed
+    tuned = [r.parameters for r in stage if r.experiment == 'segmentation']
+    assert {(p.get('freeze'), p['steps']) for p in tuned} == {(None, 120), ('no', 400)}
+    for name in nets: assert sorted(p['fraction'] for p in tuned if p['checkpoint'] == f'run:{name}/training' and p['steps'] == 120) == [.01, 1.], name
+
+
 def test_batch_tables():
     "The rows that both tables have are the same runs; every pre-training builds a profile; three seeds a method; all tasks at full size."
     from g2d.models.comparators import comparator
     ideas, small, full = (read_rows(TABLES/f'{name}.yaml') for name in ('phantom_ideas', 'phantom_methods', 'phantombench'))
-    for name in ('phantom_methods', 'phantom_ideas', 'phantom_attention', 'phantom_mpma', 'phantom_longer', 'phantom_tuning', 'phantom_over_training', 'real_methods'): assert {r.threads for r in read_rows(TABLES/f'{name}.yaml')} == {1}, f'{name}: figures repeat to the last digit on one thread only'
+    for name in ('phantom_methods', 'phantom_ideas', 'phantom_attention', 'phantom_mpma', 'phantom_longer', 'phantom_tuning', 'phantom_stage', 'phantom_over_training', 'real_methods'): assert {r.threads for r in read_rows(TABLES/f'{name}.yaml')} == {1}, f'{name}: figures repeat to the last digit on one thread only'
     known = {r.name: (r.experiment, json.dumps(r.parameters, sort_keys=True)) for r in small}
     for r in ideas:
         if r.name.startswith('g2d,'): assert known[r.name] == (r.experiment, json.dumps(r.parameters, sort_keys=True))
