@@ -418,7 +418,7 @@ def curve_figure(results: dict # name -> TaskResult
                 ): # -> Figure
     "Precision and recall, ROC, Dice by threshold, and reliability, over test pixels."
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 2.7), layout='constrained')
+    figure = Figure(figsize=(10, 3), layout='constrained')
     axes = figure.subplots(1, 4)
     for name, r in results.items():
         c, rel = r.curves['pixels'], r.curves['reliability']
@@ -429,5 +429,5 @@ def curve_figure(results: dict # name -> TaskResult
     axes[3].plot([0, 1], [0, 1], ':', color='grey', lw=.8)
     for ax, title, x, y in zip(axes, ('precision and recall', 'ROC', 'threshold', 'reliability'), ('recall', 'false positive rate', 'probability', 'probability'), ('precision', 'recall', 'Dice', 'true pixels')):
         ax.set_title(title, fontsize=9); ax.set(xlabel=x, ylabel=y, ylim=(0, 1.02))
-    axes[0].legend(fontsize=6)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=6, fontsize=7)     # within, it would hide a curve
     return figure
