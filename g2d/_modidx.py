@@ -1305,6 +1305,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'g2d.notebooks._read': ('notebooks.html#_read', 'g2d/notebooks.py'),
                                'g2d.notebooks._started': ('notebooks.html#_started', 'g2d/notebooks.py'),
                                'g2d.notebooks._store_print': ('notebooks.html#_store_print', 'g2d/notebooks.py'),
+                               'g2d.notebooks._until_it_starts': ('notebooks.html#_until_it_starts', 'g2d/notebooks.py'),
                                'g2d.notebooks.check_parameters': ('notebooks.html#check_parameters', 'g2d/notebooks.py'),
                                'g2d.notebooks.convert': ('notebooks.html#convert', 'g2d/notebooks.py'),
                                'g2d.notebooks.end_old_kernel': ('notebooks.html#end_old_kernel', 'g2d/notebooks.py'),

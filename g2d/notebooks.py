@@ -233,8 +233,9 @@ def _execute(notebook, parameters, folder, progress, parts):
     values = parameters | (dict(folder=str(folder.resolve())) if 'folder' in parameters_of(notebook) else {})
     try:
         with open(folder/'log.txt', 'w', encoding='utf-8') as log:
-            papermill.execute_notebook(str(notebook), str(folder/'run.ipynb'), values, engine_name='g2d', g2d_folder=folder, kernel_name='python3', shutdown_kernel='immediate', progress_bar=False, log_output=False, config=_kernel_config(),
-                                       stdout_file=_Tee(log, sys.stdout if progress else None), stderr_file=_Tee(log, sys.stderr if progress else None), cwd=str(notebook.parent))
+            execute = lambda: papermill.execute_notebook(str(notebook), str(folder/'run.ipynb'), values, engine_name='g2d', g2d_folder=folder, kernel_name='python3', shutdown_kernel='immediate', progress_bar=False, log_output=False,
+                config=_kernel_config(), stdout_file=_Tee(log, sys.stdout if progress else None), stderr_file=_Tee(log, sys.stderr if progress else None), cwd=str(notebook.parent))
+            _until_it_starts(execute, folder, log)
     except PapermillExecutionError as error: _failed(folder, f'{error.ename}: {error.evalue}', started, error.exec_count, error.source, error.traceback)
     except Exception as error: # the kernel died, the disk is full, the notebook is broken
         dead = type(error).__name__ == 'DeadKernelError'
@@ -243,6 +244,15 @@ def _execute(notebook, parameters, folder, progress, parts):
     full = {name: p.default for name, p in parameters_of(notebook).items() if name != 'folder'} | parameters
     write_json(folder/'done.json', dict(seconds=time.time()-started, python=sys.version.split()[0], parameters=full))
     return folder
+
+def _until_it_starts(execute, folder, log, times=3):
+    "A kernel that never answers (two kernels of one moment may have drawn the same port) is no fault of the notebook: as long as no cell has begun, a new one is asked."
+    for left in reversed(range(times)):
+        try: return execute()
+        except RuntimeError as error:
+            if not left or (folder/'state.json').exists(): raise
+            log.write(f'{error}; a new kernel is started.\n')
+            end_old_kernel(folder)
 
 def _failed(folder, sentence, started, cell=None, source='', traceback=()):
     "Write failed.json and raise."

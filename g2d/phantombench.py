@@ -129,7 +129,7 @@ def over_training_rows(frame: pd.DataFrame # of `g2d.results.of_table`
         for r in part.to_dict('records'):
             if r['value'] != '': found.append((named[1], int(named[2]), int(r['epoch']), r['map'], r['step'], r['shown'].replace('own', 'own film'), r['metric'], round(float(r['value']), 4)))
     if not found: raise G2DError('No finished run of the table followed attention over training: there is nothing for over_training.csv.')
-    return pd.DataFrame(found, columns=OVER_COLUMNS)
+    return pd.DataFrame(found, columns=OVER_COLUMNS).drop_duplicates(ignore_index=True)      # older runs measured the beginning twice
 
 def over_training_table(frame: pd.DataFrame # of over_training.csv
                        ) -> pd.DataFrame: # a row a measure and method, a column an epoch

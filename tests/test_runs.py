@@ -3,7 +3,7 @@ import json, os, random, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat as nbf, pytest
 from g2d.settings import G2DError
-from g2d.files import read_json
+from g2d.files import read_json, write_json
 from g2d.notebooks import parameters_of, run_key, key_parts, why_again, find_notebook, environment, end_old_kernel
 from g2d.runs import read_rows, plan_rows, run_table, _Runner, _progress
 
@@ -130,6 +130,26 @@ def test_one_failure_among_twelve(square, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [*command, '--dry-run'])
     with pytest.raises(SystemExit) as stop: main()
     assert stop.value.code == 0 and '1 of 12 to run' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('silent, began, error', [(1, False, None), (3, False, "Kernel didn't respond"), (1, True, "Kernel didn't respond")])
+def test_a_kernel_that_does_not_answer_is_started_again(square, tmp_path, monkeypatch, silent, began, error):
+    "Twice, and never once a cell has begun: its work would be done again."
+    import papermill
+    from g2d.notebooks import run_notebook
+    true, calls, folder = papermill.execute_notebook, [], tmp_path/'out'/'run'
+    def execute(*words, **named):
+        calls.append(1)
+        if len(calls) > silent: return true(*words, **named)
+        if began: write_json(folder/'state.json', dict(cell=1, cells=3, time=0.))
+        raise RuntimeError("Kernel didn't respond in 60 seconds")
+    monkeypatch.setattr(papermill, 'execute_notebook', execute)
+    if error is None:
+        run_notebook(square, dict(n=3), folder=folder, progress=False)
+        assert (folder/'done.json').is_file() and len(calls) == 2 and 'a new kernel is started' in (folder/'log.txt').read_text()
+    else:
+        with pytest.raises(G2DError, match=error): run_notebook(square, dict(n=3), folder=folder, progress=False)
+        assert read_json(folder/'failed.json')['error'].endswith('in 60 seconds') and len(calls) == (1 if began else 3)
 
 
 def test_changed_cell_says_why(square, tmp_path, monkeypatch):

@@ -332,7 +332,8 @@ def over_training(store, run: str | Path, # folder of a pre-training, with `epoc
     paths = sorted((Path(run)/'epochs').glob('epoch_*.safetensors'))
     if not paths: raise G2DError(f'{run} has no epochs/epoch_NNN.safetensors; pretrain(..., keep_epochs=True) keeps the weights of each epoch.')
     parts, first, p = [], None, Checkpoint.load(paths[0]).profile
-    for epoch, model in [(0, 'untrained'), *((int(path.stem.rsplit('_', 1)[1]), Checkpoint.load(path)) for path in paths)]:
+    kept = [(int(path.stem.rsplit('_', 1)[1]), Checkpoint.load(path)) for path in paths]
+    for epoch, model in kept if kept[0][0] == 0 else [(0, 'untrained'), *kept]:      # a run keeps its beginning, too
         if first is not None and first.text_encoder.frozen: # the reports are encoded once
             model = model.model(device)
             model.text_encoder.adopt_cache(first.text_encoder)
