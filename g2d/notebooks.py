@@ -245,6 +245,7 @@ def _execute(notebook, parameters, folder, progress, parts):
     write_json(folder/'done.json', dict(seconds=time.time()-started, python=sys.version.split()[0], parameters=full))
     return folder
 
+# %% ../nbs/59_notebooks.ipynb #5d1f0c7a
 def _until_it_starts(execute, folder, log, times=3):
     "A kernel that never answers (two kernels of one moment may have drawn the same port) is no fault of the notebook: as long as no cell has begun, a new one is asked."
     for left in reversed(range(times)):
