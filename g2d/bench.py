@@ -617,7 +617,8 @@ def bench_finer_grid(table, small, device, rounds):
     import torch
     from g2d.models.g2d import G2D
     from g2d.profiles import profile
-    whole = dict(encoder_depth=5, decoder_channels=(256, 128, 64, 32, 16))
+    paper = profile('as_paper')
+    whole = {name: getattr(paper, name) for name in ('encoder_depth', 'output_stride', 'decoder_channels')}
     ways = {'last stage': whole, 'last stage dilated': dict(whole, output_stride=16), 'stage before, as recommended': {}}
     more = dict(pretrained=False, text_encoder='tiny', frozen_layers=1) | (dict(image_encoder='resnet18') if small else {})
     nets = {way: G2D(profile('recommended', **more, **choice)).to(device, memory_format=torch.channels_last).train() for way, choice in ways.items()}

@@ -269,6 +269,14 @@ def attention_table(frame: pd.DataFrame) -> pd.DataFrame:
     return wide[list(dict.fromkeys(means['metric']))].reindex(pd.MultiIndex.from_frame(cases) if len(by) > 1 else cases[by[0]] if by else wide.index).reset_index(drop=not by).fillna('')
 
 # %% ../nbs/64_phantombench.ipynb #5e8cae8f
+def _tables(add, rows, title=''):
+    "Methods by tasks."
+    for task, table in method_tables(rows).items(): add(title + task, table.reset_index())
+
+def _against(add, rows, title, reference):
+    "Each method against one of them, where that was run."
+    if reference in set(rows['method']): add(f'{title}against "{reference}", paired by seed', paired_table(rows, reference).drop(columns='reference'))
+
 def _ideas(add, rows):
     "Ideas against their reference."
     table = paired_table(rows)
@@ -276,7 +284,7 @@ def _ideas(add, rows):
 
 def _longer(add, rows):
     "The longer run: its tables, then each method against its like with the masks of other films."
-    for task, table in method_tables(rows).items(): add(f'Longer run: {task}', table.reset_index())
+    _tables(add, rows, 'Longer run: ')
     known = set(rows['method'])
     for own in [m for m in dict.fromkeys(rows['method']) if f'{m} shuffled' in known]:
         part = rows[rows['method'].isin([own, f'{own} shuffled'])]
@@ -284,15 +292,15 @@ def _longer(add, rows):
 
 def _tuning(add, rows):
     "Fine-tuning that is given time: its tables, the claim, and own masks against those of other films."
-    for task, table in method_tables(rows).items(): add(f'Fine-tuning given time: {task}', table.reset_index())
+    _tables(add, rows, 'Fine-tuning given time: ')
     claim = claim_table(rows)
     if len(claim): add('Fine-tuning given time, the claim: G2D with 1 % of the masks against each peer with 100 %', claim)
-    if 'shuffled' in set(rows['method']): add('Fine-tuning given time: against "shuffled", paired by seed', paired_table(rows, 'shuffled').drop(columns='reference'))
+    _against(add, rows, 'Fine-tuning given time: ', 'shuffled')
 
 def _stage(add, rows):
     "The stage that is pooled: its tables, then each against the dilated last one."
-    for task, table in method_tables(rows).items(): add(f'The stage that is pooled: {task}', table.reset_index())
-    if 'last stage dilated' in set(rows['method']): add('The stage that is pooled: against "last stage dilated", paired by seed', paired_table(rows, 'last stage dilated').drop(columns='reference'))
+    _tables(add, rows, 'The stage that is pooled: ')
+    _against(add, rows, 'The stage that is pooled: ', 'last stage dilated')
 
 def _attention(folder, add):
     "Masks over training, and where attention looks."
@@ -316,13 +324,13 @@ def bench_text(folder: str | Path | None = None, # where the CSVs lie
         seeds = rows.groupby('method')['seed'].nunique()
         span = f'{seeds.min()} to {seeds.max()}' if seeds.max() > seeds.min() else str(seeds.max())
         parts.append(f'# PhantomBench: {len(seeds)} methods, {span} seeds, from {folder}\n')
-        for task, table in method_tables(rows).items(): add(task, table.reset_index())
+        _tables(add, rows)
         claim = claim_table(rows)
         add('The claim: G2D with 1 % of the labels against each peer with 100 %', claim if len(claim) else nothing)
     for name, section in dict(ideas=_ideas, longer=_longer, tuning=_tuning, stage=_stage).items():
         if (rows := read_bench(folder, name)) is not None: section(add, rows)
     if (rows := read_bench(folder, 'real')) is not None:
-        for task, table in method_tables(rows).items(): add(f'Real films: {task}', table.reset_index())
+        _tables(add, rows, 'Real films: ')
         claim = claim_table(rows)
         add('Real films, the claim: G2D with 1 % of the labels against each peer with 100 %', claim if len(claim) else nothing)
         add('Real films: against "global_only", paired by fold', paired_table(rows, 'global_only').drop(columns='reference') if 'global_only' in set(rows['method']) else 'There is no "global_only" to compare with.\n')
