@@ -268,7 +268,7 @@ def attention_table(frame: pd.DataFrame) -> pd.DataFrame:
     wide = means.pivot(index=by, columns='metric', values='text') if by else means.set_index('metric')[['text']].T
     return wide[list(dict.fromkeys(means['metric']))].reindex(pd.MultiIndex.from_frame(cases) if len(by) > 1 else cases[by[0]] if by else wide.index).reset_index(drop=not by).fillna('')
 
-# %% ../nbs/64_phantombench.ipynb #5e8cae8f
+# %% ../nbs/64_phantombench.ipynb #7a3c90e1
 def _tables(add, rows, title=''):
     "Methods by tasks."
     for task, table in method_tables(rows).items(): add(title + task, table.reset_index())
@@ -277,6 +277,7 @@ def _against(add, rows, title, reference):
     "Each method against one of them, where that was run."
     if reference in set(rows['method']): add(f'{title}against "{reference}", paired by seed', paired_table(rows, reference).drop(columns='reference'))
 
+# %% ../nbs/64_phantombench.ipynb #5e8cae8f
 def _ideas(add, rows):
     "Ideas against their reference."
     table = paired_table(rows)
